@@ -1,0 +1,17 @@
+"""V-JEPA 2 video encoders in JAX: convert, stream, adapt and export them."""
+
+from jvjepa import gating as gating
+from jvjepa import registry as registry
+from jvjepa import streaming as streaming
+
+# from jvjepa import video as video
+from jvjepa.config import ClassifierConfig as ClassifierConfig
+from jvjepa.config import EncoderConfig as EncoderConfig
+from jvjepa.config import ModelConfig as ModelConfig
+from jvjepa.config import PredictorConfig as PredictorConfig
+from jvjepa.encoder import Encoder as Encoder
+from jvjepa.errors import InputError as InputError
+from jvjepa.version import __version__ as __version__
+from jvjepa.weights import Model as Model
+from jvjepa.weights import load as load
+from jvjepa.weights import save as save

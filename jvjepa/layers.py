@@ -1,0 +1,202 @@
+"""The pieces of a transformer block."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jvjepa import rope
+from jvjepa.attention import Backend, attention
+from jvjepa.config import EncoderConfig
+from jvjepa.typing import Array, DType
+
+kernel_init = nn.initializers.truncated_normal(stddev=0.02)
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias.
+
+    Args:
+        features: output channels.
+        dtype: of the computation and the output.
+        param_dtype: of kernel [in, features] and bias [features].
+    """
+
+    features: int
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., in] to [..., features]."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (self.features,))
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, computed in float32.
+
+    `flax.linen.LayerNorm` cannot run in bfloat16 under strict dtype promotion, and its default, the
+    fast variance, loses three digits.
+
+    Args:
+        epsilon: added to the variance.
+        dtype: of the output.
+        param_dtype: of scale and bias [D].
+    """
+
+    epsilon: float
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., D] to [..., D]."""
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        lead = (1,) * (x.ndim - 1)
+        scale, bias = (p.astype(jnp.float32).reshape(lead + shape) for p in (scale, bias))
+        return (x * scale + bias).astype(self.dtype)
+
+
+class RopeTables(NamedTuple):
+    """Cosines and sines, float32 [B or 1, N, K], of `rope.tables`."""
+
+    cos: Array
+    sin: Array
+
+
+class Cache(NamedTuple):
+    """Keys before rotation, and values, of the window: [L, B, W, S, H, K] each."""
+
+    keys: Array
+    values: Array
+
+
+class StreamPlan(NamedTuple):
+    """Where one streaming step writes and what it sees; the same in every layer.
+
+    Args:
+        slot: int32 [B], the place in the ring that each stream writes.
+        sees: bool [B, 1, 1, W·S], the cached tokens that each stream may see.
+        query_rope: tables of the new tubelet, [B, S, K].
+        key_rope: tables of the ring, [B, W·S, K].
+    """
+
+    slot: Array
+    sees: Array
+    query_rope: RopeTables
+    key_rope: RopeTables
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with rotary positions; over its input, or over a cache."""
+
+    config: EncoderConfig
+    dtype: DType
+    param_dtype: DType
+    backend: Backend
+
+    def setup(self) -> None:
+        """Declares the four projections."""
+        width = self.config.hidden_size
+        self.query = Dense(width, self.dtype, self.param_dtype)
+        self.key = Dense(width, self.dtype, self.param_dtype)
+        self.value = Dense(width, self.dtype, self.param_dtype)
+        self.proj = Dense(width, self.dtype, self.param_dtype)
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_width)
+
+    def __call__(self, x: Array, tables: RopeTables, mask: Array | None) -> Array:
+        """Attends within x: [B, N, D] to [B, N, D]."""
+        q = rope.rotate(self._heads(self.query(x)), *tables)
+        k = rope.rotate(self._heads(self.key(x)), *tables)
+        v = self._heads(self.value(x))
+        out = attention(q, k, v, mask=mask, backend=self.backend)
+        return self.proj(out.reshape(x.shape))
+
+    def stream(self, x: Array, cache: Cache, layer: Array, plan: StreamPlan) -> tuple[Array, Cache]:
+        """Writes x [B, S, D] into the ring of `layer` and attends over that ring."""
+        q = rope.rotate(self._heads(self.query(x)), *plan.query_rope)
+        keys = _write(cache.keys, self._heads(self.key(x)), layer, plan.slot)
+        values = _write(cache.values, self._heads(self.value(x)), layer, plan.slot)
+        k = rope.rotate(_window(keys, layer), *plan.key_rope)
+        out = attention(q, k, _window(values, layer), mask=plan.sees, backend=self.backend)
+        return self.proj(out.reshape(x.shape)), Cache(keys, values)
+
+
+def _write(ring: Array, new: Array, layer: Array, slot: Array) -> Array:
+    """Puts new [B, S, H, K] into ring [L, B, W, S, H, K]; in place, as the ring is carried."""
+    for b in range(new.shape[0]):  # each stream has a slot of its own
+        index = (layer, b, slot[b], 0, 0, 0)
+        ring = jax.lax.dynamic_update_slice(ring, new[None, b : b + 1, None], index)
+    return ring
+
+
+def _window(ring: Array, layer: Array) -> Array:
+    """The ring of one layer as a sequence: [B, W·S, H, K]."""
+    window = jax.lax.dynamic_index_in_dim(ring, layer, keepdims=False)
+    batch, tubelets, tokens, heads, width = window.shape
+    return window.reshape(batch, tubelets * tokens, heads, width)
+
+
+class MLP(nn.Module):
+    """Two layers with the exact (erf) GELU between."""
+
+    config: EncoderConfig
+    dtype: DType
+    param_dtype: DType
+
+    def setup(self) -> None:
+        """Declares the two layers."""
+        self.fc1 = Dense(self.config.mlp_dim, self.dtype, self.param_dtype)
+        self.fc2 = Dense(self.config.hidden_size, self.dtype, self.param_dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [B, N, D] to [B, N, D]."""
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, in the two forms that a scan over layers takes."""
+
+    config: EncoderConfig
+    dtype: DType
+    param_dtype: DType
+    backend: Backend
+
+    def setup(self) -> None:
+        """Declares the parts."""
+        dtypes = (self.dtype, self.param_dtype)
+        self.norm1 = LayerNorm(self.config.layer_norm_eps, *dtypes)
+        self.attention = SelfAttention(self.config, *dtypes, self.backend)
+        self.norm2 = LayerNorm(self.config.layer_norm_eps, *dtypes)
+        self.mlp = MLP(self.config, *dtypes)
+
+    def __call__(self, x: Array, tables: RopeTables, mask: Array | None) -> tuple[Array, None]:
+        """One layer over [B, N, D]."""
+        x = x + self.attention(self.norm1(x), tables, mask)
+        return x + self.mlp(self.norm2(x)), None
+
+    def keep(self, x: Array, tables: RopeTables, mask: Array | None) -> tuple[Array, Array]:
+        """As a call, and gives the output to the scan, which stacks it."""
+        x, _ = self(x, tables, mask)
+        return x, x
+
+    def stream(
+        self, carry: tuple[Array, Cache], layer: Array, plan: StreamPlan
+    ) -> tuple[tuple[Array, Cache], None]:
+        """One layer of a streaming step: x [B, S, D] against the cache of this layer."""
+        x, cache = carry
+        out, cache = self.attention.stream(self.norm1(x), cache, layer, plan)
+        x = x + out
+        return (x + self.mlp(self.norm2(x)), cache), None

@@ -1,0 +1,156 @@
+"""From uint8 frames to the pixels that the encoder takes, as Hugging Face's processor does it.
+
+The resize is written here, in integers, and not left to Pillow: Pillow's bilinear kernel differs
+from torch's (which the reference uses) in up to 1 % of the values, by 1 and rarely by 2 of 255.
+This one is equal to torch's on every pixel, and because each output pixel is computed on its own,
+only the pixels that the centre crop keeps are computed.
+"""
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jvjepa.errors import InputError, VideoError
+
+Frames = NDArray[np.uint8]  # [T, H, W, 3] RGB
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_RIGHT = "right is uint8 [T, H, W, 3], RGB, 0 to 255"
+
+
+class HasCropSize(Protocol):
+    """What `preprocess` needs of a configuration; `ModelConfig` has it."""
+
+    @property
+    def crop_size(self) -> int:
+        """Pixels of a side of the square input."""
+        ...
+
+
+class _Taps(NamedTuple):
+    """One axis of a resize.
+
+    Args:
+        index: int64 [n, K], the input pixels that each output pixel is made of.
+        weight: int32 [n, K], their weights, in units of 2^-shift.
+        shift: bits after the point.
+    """
+
+    index: NDArray[np.int64]
+    weight: NDArray[np.int32]
+    shift: int
+
+
+def preprocess(frames: Frames, config: HasCropSize) -> NDArray[np.float32]:
+    """Resizes, crops and normalises frames for a model.
+
+    The short side becomes `int(crop * 256 / 224)` (bilinear with antialiasing, rounded to uint8),
+    the centre square is cut out, and the ImageNet mean and deviation are applied. The same as
+    `transformers.VJEPA2VideoProcessor`, channels last: its uint8 resize pixel for pixel, its
+    rounding of the crop's offset, its fused normalisation.
+
+    Args:
+        frames: uint8 [T, H, W, 3], RGB, 0 to 255, any size.
+        config: the model's configuration; only `crop_size` is read.
+
+    Returns:
+        float32 [T, crop, crop, 3], about -2.2 to 2.7.
+
+    Raises:
+        InputError: `frames` is not uint8 [T, H, W, 3], or is empty.
+    """
+    _check_frames(frames)
+    crop = config.crop_size
+    height, width = frames.shape[1:3]
+    rows, columns = _resized(height, width, int(crop * 256 / 224))
+    top, left = int((rows - crop) / 2.0), int((columns - crop) / 2.0)
+    across = _taps(width, columns, left, left + crop)
+    down = _taps(height, rows, top, top + crop)
+    first, last = int(down.index.min()), int(down.index.max()) + 1
+    down = down._replace(index=down.index - first)
+
+    table = _normalised()
+    pixels = np.empty((len(frames), crop, crop, 3), np.float32)
+    for frame, out in zip(frames, pixels, strict=True):  # one by one: the sums are 4 bytes a value
+        square = _resize_axis(_resize_axis(frame[first:last], across, axis=1), down, axis=0)
+        for channel in range(3):
+            np.take(table[channel], square[..., channel], out=out[..., channel])
+    return pixels
+
+
+def _check_frames(frames: Any) -> None:
+    if not isinstance(frames, np.ndarray):
+        raise InputError(f"frames are a {type(frames).__name__}; {_RIGHT}, a numpy array")
+    if frames.dtype != np.uint8:
+        is_float = np.issubdtype(frames.dtype, np.floating)
+        bad = "" if not is_float or np.isfinite(frames).all() else " with NaN or infinite values"
+        raise InputError(f"frames are {frames.dtype}{bad}; {_RIGHT}")
+    if frames.ndim != 4:
+        hint = "; give a single image as image[None]" if frames.ndim == 3 else ""
+        raise InputError(f"frames have the shape {list(frames.shape)}; {_RIGHT}{hint}")
+    if frames.shape[-1] != 3 and frames.shape[1] == 3:
+        raise InputError(
+            f"frames have the shape {list(frames.shape)}, which looks like channels first "
+            f"([T, 3, H, W]); {_RIGHT}: use frames.transpose(0, 2, 3, 1)"
+        )
+    if frames.shape[-1] != 3:
+        raise InputError(f"frames have {frames.shape[-1]} channels; {_RIGHT}")
+    if frames.size == 0:
+        raise VideoError(f"frames are empty, shape {list(frames.shape)}; {_RIGHT}")
+
+
+def _resized(height: int, width: int, short: int) -> tuple[int, int]:
+    """The size that makes the short side `short`: torchvision's rule, which truncates."""
+    if height <= width:
+        return short, int(short * width / height)
+    return int(short * height / width), short
+
+
+@functools.lru_cache(maxsize=32)
+def _taps(size: int, resized: int, start: int, stop: int) -> _Taps:
+    """The weights of output pixels [start, stop) of a bilinear antialiased resize of one axis.
+
+    Matches torch's kernel for uint8: weights in float64, then rounded to as many bits as keep the
+    greatest of them below 2^15.
+    """
+    scale = size / resized
+    support = max(scale, 1.0)
+    centre = scale * (np.arange(resized) + 0.5)
+    low = np.maximum((centre - support + 0.5).astype(np.int64), 0)
+    count = np.minimum((centre + support + 0.5).astype(np.int64), size) - low
+    tap = np.arange(count.max())
+    distance = np.abs((tap + low[:, None] - centre[:, None] + 0.5) * (1.0 / support))
+    weight = np.maximum(1.0 - distance, 0.0) * (tap < count[:, None])
+    weight /= weight.sum(axis=1, keepdims=True)
+
+    # Over all outputs, and not only those of the crop: torch chooses the precision so.
+    shift = 0
+    while shift < 22 and int(0.5 + weight.max() * (1 << (shift + 1))) < 1 << 15:
+        shift += 1
+    index = np.minimum(low[:, None] + tap, size - 1)  # beyond the edge the weight is 0
+    integer = np.floor(weight * (1 << shift) + 0.5).astype(np.int32)
+    return _Taps(index[start:stop], integer[start:stop], shift)
+
+
+def _resize_axis(frame: NDArray[np.uint8], taps: _Taps, axis: int) -> NDArray[np.uint8]:
+    shape = (1, -1, 1) if axis == 1 else (-1, 1, 1)
+    total: Any = np.int32(1 << (taps.shift - 1))  # rounds half up when the bits are cut off
+    for index, weight in zip(taps.index.T, taps.weight.T, strict=True):
+        total = total + np.take(frame, index, axis=axis) * weight.reshape(shape)
+    # The rounded weights may add up to a little over 1.
+    return np.minimum(total >> taps.shift, 255).astype(np.uint8)
+
+
+@functools.cache
+def _normalised() -> NDArray[np.float32]:
+    """float32 [3, 256], (x - 255 mean) / (255 std) of each value of each channel.
+
+    In float32 from the start, as the reference computes it.
+    """
+    value = np.arange(256, dtype=np.float32)
+    mean = np.array(_IMAGENET_MEAN, np.float32)[:, None] * np.float32(255)
+    std = np.array(_IMAGENET_STD, np.float32)[:, None] * np.float32(255)
+    return (value - mean) / std

@@ -1,0 +1,31 @@
+"""Strict numerics for every test, on the CPU, without a network."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+
+import jax
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "float32")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_compilations = 0
+
+
+def _count(event: str, duration: float, **metadata: str | int) -> None:
+    global _compilations
+    _compilations += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.fixture
+def compilations() -> Callable[[], int]:
+    """How many programs XLA has compiled so far in this process."""
+    return lambda: _compilations

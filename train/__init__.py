@@ -1,0 +1,1 @@
+"""Training for jvjepa's models; its modules arrive with the first recipe."""
