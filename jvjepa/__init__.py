@@ -3,8 +3,7 @@
 from jvjepa import gating as gating
 from jvjepa import registry as registry
 from jvjepa import streaming as streaming
-
-# from jvjepa import video as video
+from jvjepa import video as video
 from jvjepa.config import ClassifierConfig as ClassifierConfig
 from jvjepa.config import EncoderConfig as EncoderConfig
 from jvjepa.config import ModelConfig as ModelConfig

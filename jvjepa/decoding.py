@@ -8,6 +8,7 @@ makes one coefficient another, cannot be seen by any decoder; nor can frames tha
 end of a file (MPEG-TS, raw streams) whose header promises nothing.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import math
@@ -15,7 +16,7 @@ import os
 import pathlib
 import sys
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -169,16 +170,23 @@ class Clock(NamedTuple):
         """The smallest tick that is not before this time."""
         return self.origin + math.ceil((Fraction(seconds) - self._tolerance()) / self.time_base)
 
-    def targets(self, fps: float, start: float, end: float | None) -> Iterator[int]:
-        """The greatest ticks that are shown at start, start + 1/fps, ... below `end`."""
+    def targets(self, fps: float, start: float, end: float | None) -> Iterator[Fraction]:
+        """The times start, start + 1/fps, ... below `end`, in seconds; None never ends."""
         step, at = 1 / Fraction(fps), Fraction(start)
         while end is None or at + self._tolerance() < Fraction(end):
-            yield self.newest(at)
+            yield at
             at += step
+
+    def shows(self, seconds: Fraction, last: int, end: int) -> bool:
+        """Whether a file whose last frame is shown from tick `last` to `end` shows one then.
+
+        The end is the sum of two rounded numbers, so it is less exact than a timestamp.
+        """
+        until = (end - self.origin) * self.time_base - 2 * self._tolerance()
+        return self.newest(seconds) <= last or seconds < until
 
     def _tolerance(self) -> Fraction:
         return min(self.time_base, _COARSEST_TIMESTAMP) / 2
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +210,8 @@ class Index:
 
     def key_for(self, tick: int) -> Key | None:
         """The last keyframe from which the frame can be decoded; None is the beginning."""
-        return next((key for key in reversed(self.keys[1:]) if key.tick <= tick), None)
+        found = bisect.bisect_right(self.keys, tick, key=lambda key: key.tick) - 1
+        return self.keys[found] if found > 0 else None
 
 
 def index_packets(place: Place) -> Index | None:
@@ -242,7 +251,8 @@ def index_packets(place: Place) -> Index | None:
         ticks = np.array(sorted(durations), np.int64)
         last = int(ticks[-1])
         clock = clock._replace(origin=int(ticks[0]))
-        end = last + _shown_for(durations[last], ticks, track)
+        gap = int(ticks[-1] - ticks[-2]) if len(ticks) > 1 else None
+        end = last + shown_for(durations[last], gap, track)
         _check_complete(container, track, place, packets, clock, end)
     return Index(clock, ticks, end, tuple(keys), orders)
 
@@ -253,15 +263,15 @@ def index_frames(place: Place) -> Index:
     Raises:
         VideoError: the file cannot be opened, or is damaged.
     """
-    ticks = []
-    duration = 0
+    ticks: list[int] = []
+    duration: int | None = None
     with open_video(place) as (container, track):
         for frame in decode(container, track, place):
             ticks.append(frame.pts)
-            duration = frame.duration or 0
-        shown = np.array(ticks, np.int64)
-        end = int(shown[-1]) + _shown_for(duration, shown, track)
-        return Index(Clock(int(shown[0]), track.time_base), shown, end)
+            duration = frame.duration
+        gap = ticks[-1] - ticks[-2] if len(ticks) > 1 else None
+        end = ticks[-1] + shown_for(duration, gap, track)
+        return Index(Clock(ticks[0], track.time_base), np.array(ticks, np.int64), end)
 
 
 def decode(
@@ -270,7 +280,7 @@ def decode(
     place: Place,
     key: Key | None = None,
     origin: int | None = None,
-) -> Iterator[av.VideoFrame]:
+) -> Generator[av.VideoFrame, None, None]:
     """Decodes from a keyframe, or from the first one, to the end; no frame is damaged or left out.
 
     Args:
@@ -333,6 +343,8 @@ def decode(
                 if frame.pts is not None:
                     if newest is not None and frame.pts <= newest:
                         raise damaged("timestamps do not grow")
+                    if key is not None and not frames and frame.pts > key.tick:
+                        raise damaged("decoding cannot start at every keyframe")
                     # Two packets can make one interlaced frame. And frames before the first one
                     # may depend on a keyframe that is not there.
                     at = min(awaited, default=frame.pts)
@@ -392,12 +404,16 @@ def _is_last(packet: av.Packet) -> bool:
     return packet.size == 0 and packet.dts is None
 
 
-def _shown_for(duration: int, ticks: NDArray[np.int64], track: VideoStream) -> int:
-    """How long the last frame is shown, in ticks: as the file says, or else like others."""
-    if duration > 0:
-        return duration
-    if len(ticks) > 1:
-        return int(ticks[-1] - ticks[-2])
+def shown_for(duration: int | None, gap: int | None, track: VideoStream) -> int:
+    """How long the last frame is shown, in ticks.
+
+    Args:
+        duration: what the file says; None or 0 where it does not.
+        gap: how long the frame before was shown; None where there was none.
+        track: whose average rate is the last resort.
+    """
+    if duration or gap:
+        return duration or gap
     return round(1 / (track.average_rate * track.time_base)) if track.average_rate else 1
 
 
@@ -419,7 +435,9 @@ def _check_complete(
     if promised is None and len(container.streams) == 1 and container.duration is not None:
         promised = container.duration / av.time_base
     frame = float(1 / track.average_rate) if track.average_rate else 0.0
-    if promised is not None and promised - clock.seconds(last) > max(_SHORTEST_TAIL, 2 * frame):
+    # Some writers count from 0 and some from the first frame: believe what promises less.
+    end = max(clock.seconds(last), float(last * track.time_base))
+    if promised is not None and promised - end > max(_SHORTEST_TAIL, 2 * frame):
         raise _cut_off(place, clock.seconds(last), f" of {promised:.3f} s")
 
 

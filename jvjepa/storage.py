@@ -4,8 +4,11 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import struct
+import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,11 +27,29 @@ _DTYPE_NAMES = {
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger ones too
 
 
+def check_free(path: Path, *, force: bool) -> None:
+    """Raises InputError where `new_folder` would, so that long work need not begin.
+
+    Args:
+        path: the folder to make.
+        force: whether it may exist.
+
+    Raises:
+        InputError: `path` exists and `force` is False, or its parent is not a folder.
+    """
+    path = Path(os.path.abspath(path))
+    if os.path.lexists(path) and not force:
+        raise InputError(f"{path} exists; choose another name or pass --force to replace it")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder; make it first")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the block ends without an error.
 
-    Whatever goes wrong, `path` is left as it was: absent, or the old folder.
+    Whatever goes wrong, `path` is left as it was: absent, or the old folder. A SIGTERM that nobody
+    handles ends the process as usual, but after the temporary folder is removed.
 
     Args:
         path: the folder to make.
@@ -40,29 +61,42 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         InputError: `path` exists and `force` is False, or its parent is not a folder.
     """
+    check_free(path, force=force)
     path = Path(os.path.abspath(path))
-    if path.exists() and not force:
-        raise InputError(f"{path} exists; choose another name or pass --force to replace it")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is not a folder; make it first")
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    os.chmod(work, 0o755)  # mkdtemp's own mode hides the result from other users
-    try:
-        yield work
-        if path.exists():
-            old = work.with_suffix(".old")
-            os.rename(path, old)
-            try:
-                os.rename(work, path)
-            except OSError:
-                os.rename(old, path)
-                raise
-            _remove(old)
-        else:
+    with _exit_on_sigterm():
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        old = work.with_suffix(".old")
+        try:
+            os.chmod(work, 0o755)  # mkdtemp's own mode hides the result from other users
+            yield work
+            check_free(path, force=force)  # somebody may have made it meanwhile
+            if os.path.lexists(path):
+                os.rename(path, old)
             os.rename(work, path)
+        finally:
+            if os.path.lexists(old) and not os.path.lexists(path):
+                os.rename(old, path)
+            for leftover in (work, old):
+                if os.path.lexists(leftover):
+                    _remove(leftover)
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM, if it would kill the process, raise SystemExit, so that cleanup runs."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)  # what a shell reports for a process that the signal killed
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
     finally:
-        if work.exists():
-            _remove(work)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _remove(path: Path) -> None:
@@ -129,10 +163,12 @@ def write_safetensors(
             if left == 0:
                 current = next(names, "")
                 left = sizes.get(current, 0)
-            if name != current or piece.size > left or piece.dtype != dtype:
+            rows = name == current and piece.shape[1:] == tuple(shapes[name][1:])
+            if not rows or piece.size > left or piece.dtype != dtype:
+                due = f"{left} values of {current} {dtype}" if current else "no more tensors"
                 raise CheckpointError(
-                    f"writing {path}: {name} {piece.dtype} {piece.shape} arrived where "
-                    f"{left} values of {current} {dtype} were due"
+                    f"writing {path}: {name} {piece.dtype} {list(piece.shape)} arrived where "
+                    f"{due} were due"
                 )
             file.write(np.ascontiguousarray(piece).view(np.uint8).data)
             left -= piece.size

@@ -16,9 +16,10 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable
+from fractions import Fraction
 
+import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ from jvjepa.decoding import (
     is_live,
     locate,
     open_video,
+    shown_for,
     to_rgb,
 )
 from jvjepa.errors import ConfigError, VideoError
@@ -84,6 +86,11 @@ class Reconnect:
                 f"first_wait = {self.first_wait}"
             )
 
+    @property
+    def timeout(self) -> tuple[float, float]:
+        """Seconds that opening, and each read, may take."""
+        return self.open_timeout, self.read_timeout
+
 
 _DEFAULT_RECONNECT = Reconnect()
 
@@ -123,18 +130,18 @@ def read(
     if num_frames is not None and num_frames < 1:
         raise VideoError(f"num_frames = {num_frames}; it must be 1 or more")
     _check_range(fps, start, end)
-    place = _locate(source)
-    if place.live or (place.live is None and _is_live(place)):
+    place = locate(source, _DEFAULT_RECONNECT.timeout)
+    if place.live or (place.live is None and is_live(place)):
         raise VideoError(f"{place.name}: is live and has no end; use video.stream")
 
-    index = _index_packets(place)
+    index = index_packets(place)
     if index is not None:
         try:
             return _read_frames(place, index, num_frames, fps, start, end)
-        except _Unexpected as error:
+        except UnexpectedError as error:
             # The file is not as its packets say, or is damaged; the decoder has the last word.
             _log.debug("%s; reading it from its beginning", error)
-    return _read_frames(place, _index_frames(place), num_frames, fps, start, end)
+    return _read_frames(place, index_frames(place), num_frames, fps, start, end)
 
 
 def stream(
@@ -144,7 +151,7 @@ def stream(
     start: float = 0.0,
     end: float | None = None,
     reconnect: Reconnect = _DEFAULT_RECONNECT,
-) -> Iterator[tuple[Frame, float]]:
+) -> Generator[tuple[Frame, float], None, None]:
     """Decodes a file, a URL or a camera frame by frame, in constant memory.
 
     Live are cameras, rtsp, rtmp, rtp, udp, srt and tcp URLs, and what an http server sends without
@@ -169,9 +176,7 @@ def stream(
             live source is lost for good.
     """
     _check_range(fps, start, end)
-    place = dataclasses.replace(
-        _locate(source), timeout=(reconnect.open_timeout, reconnect.read_timeout)
-    )
+    place = locate(source, reconnect.timeout)
     if place.live and start:
         raise VideoError(f"{place.name}: start = {start}; a live source has no past, use 0")
     return _stream(place, fps, start, end, reconnect)
@@ -179,7 +184,7 @@ def stream(
 
 def tubelets(
     frames: Iterable[tuple[Frame, float]], tubelet_size: int = 2
-) -> Iterator[tuple[NDArray[np.uint8], float]]:
+) -> Generator[tuple[NDArray[np.uint8], float], None, None]:
     """Groups frames into tubelets.
 
     Frames at the end that do not fill a tubelet are dropped, and a warning is logged.
@@ -199,9 +204,253 @@ def tubelets(
     return _tubelets(frames, tubelet_size)
 
 
+def _check_range(fps: float | None, start: float, end: float | None) -> None:
+    if fps is not None and not 0 < fps < math.inf:
+        raise VideoError(f"fps = {fps}; it must be above 0")
+    if not 0 <= start < math.inf:
+        raise VideoError(f"start = {start}; it must be 0 or more seconds")
+    if end is not None and not start < end < math.inf:
+        raise VideoError(f"end = {end}; it must be above start = {start} (seconds)")
+
+
+def _read_frames(
+    place: Place,
+    index: Index,
+    num_frames: int | None,
+    fps: float | None,
+    start: float,
+    end: float | None,
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    wanted = index.ticks[_select(place, index, num_frames, fps, start, end)]
+    times = np.array([index.clock.seconds(int(tick)) for tick in wanted], np.float64)
+    return _fetch(place, index, wanted), times
+
+
+def _select(
+    place: Place,
+    index: Index,
+    num_frames: int | None,
+    fps: float | None,
+    start: float,
+    end: float | None,
+) -> NDArray[np.int64]:
+    """int64 [T], which frames of the index `read` gives; they never go back."""
+    clock, ticks = index.clock, index.ticks
+    length = clock.seconds(index.end)
+    if clock.newest(Fraction(start)) >= index.end:
+        raise VideoError(
+            f"{place.name}: start = {start} is past the end; the clip lasts {length:.3f} s"
+        )
+    if fps is None:
+        stop = index.end if end is None else clock.first(end)
+        first, last = np.searchsorted(ticks, (clock.first(start), stop)).tolist()
+        total = last - first
+        if total == 0:
+            raise VideoError(f"{place.name}: no frame begins between {start} s and {end} s")
+        if num_frames is None:
+            return np.arange(first, last)
+        if num_frames > total:
+            raise VideoError(f"{place.name}: num_frames = {num_frames}, but it has {total} frames")
+        return first + np.arange(num_frames) * total // num_frames
+
+    shown = itertools.takewhile(
+        lambda target: clock.shows(target, int(ticks[-1]), index.end),
+        clock.targets(fps, start, end),
+    )
+    limits = [clock.newest(target) for target in itertools.islice(shown, num_frames)]
+    if num_frames is not None and len(limits) < num_frames:
+        raise VideoError(
+            f"{place.name}: num_frames = {num_frames} at fps = {fps}, but from {start} s to "
+            f"{min(length, end or length):.3f} s there are {len(limits)}"
+        )
+    return np.searchsorted(ticks, limits, side="right") - 1
+
+
+def _fetch(place: Place, index: Index, wanted: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """uint8 [T, H, W, 3], the frames with these timestamps, which never go back."""
+    converter = VideoReformatter()
+    clip: NDArray[np.uint8] | None = None
+    done = 0
+    with open_video(place) as (container, track):
+        for key, until in _plan(index, wanted):
+            frames = decode(container, track, place, key, index.clock.origin)
+            with contextlib.closing(frames):
+                while done < until:
+                    tick = int(wanted[done])
+                    frame = next((frame for frame in frames if frame.pts >= tick), None)
+                    seconds = index.clock.seconds(tick)
+                    if frame is None or frame.pts > tick:
+                        raise UnexpectedError(f"{place.name}: no frame comes for {seconds:.3f} s")
+                    image = to_rgb(frame, converter, place)
+                    if clip is None:
+                        clip = np.empty((len(wanted), *image.shape), np.uint8)
+                    if image.shape != clip.shape[1:]:
+                        raise VideoError(
+                            f"{place.name}: {_change(clip.shape[1:], image.shape, seconds)}"
+                        )
+                    repeats = int(np.searchsorted(wanted, tick, side="right")) - done
+                    clip[done : done + repeats] = image
+                    done += repeats
+    assert clip is not None  # `wanted` is never empty
+    return clip
+
+
+def _plan(index: Index, wanted: NDArray[np.int64]) -> list[tuple[Key | None, int]]:
+    """Where to decode from (None is the beginning), and until how many frames are there."""
+    keys: list[Key | None] = [None]
+    until = [0]
+    at = 0
+    for done, tick in enumerate(wanted.tolist()):
+        key = index.key_for(tick)
+        if key is not None and key.order - at > _SEEK_GAIN:
+            keys.append(key)
+            until.append(done)
+        until[-1] = done + 1
+        at = index.orders.get(tick, 0)
+    return [(key, stop) for key, stop in zip(keys, until, strict=True) if stop]
+
+
+def _stream(
+    place: Place, fps: float | None, start: float, end: float | None, reconnect: Reconnect
+) -> Generator[tuple[Frame, float], None, None]:
+    live = is_live(place) if place.live is None else place.live
+    place = dataclasses.replace(place, live=live)
+    if live and start:
+        raise VideoError(f"{place.name}: start = {start}; a live source has no past, use 0")
+    if live:
+        yield from _stream_live(place, fps, end, reconnect)
+        return
+
+    key, origin = None, None
+    if start:
+        index = index_packets(place) or index_frames(place)
+        key = index.key_for(int(index.ticks[_select(place, index, None, fps, start, end)[0]]))
+        origin = index.clock.origin
+    started = False
+    if key is not None:
+        try:
+            for item in _stream_file(place, key, origin, fps, start, end):
+                started = True
+                yield item
+            return
+        except UnexpectedError as error:
+            if started:
+                raise
+            _log.debug("%s; decoding it from its beginning", error)
+    yield from _stream_file(place, None, None, fps, start, end)
+
+
+def _stream_file(
+    place: Place,
+    key: Key | None,
+    origin: int | None,
+    fps: float | None,
+    start: float,
+    end: float | None,
+) -> Generator[tuple[Frame, float], None, None]:
+    converter = VideoReformatter()
+    with (
+        open_video(place) as (container, track),
+        contextlib.closing(decode(container, track, place, key, origin)) as frames,
+    ):
+        first = next(frames)
+        clock = Clock(first.pts if origin is None else origin, track.time_base)
+        if fps is None:
+            stop = None if end is None else clock.first(end)
+            for frame in itertools.chain((first,), frames):
+                if stop is not None and frame.pts >= stop:
+                    return
+                if frame.pts >= clock.first(start):
+                    yield to_rgb(frame, converter, place), clock.seconds(frame.pts)
+            return
+
+        targets = clock.targets(fps, start, end)
+        target = next(targets, None)
+        shown, gap = first, None
+        for frame in frames:
+            while target is not None and clock.newest(target) < frame.pts:
+                yield to_rgb(shown, converter, place), clock.seconds(shown.pts)
+                target = next(targets, None)
+            if target is None:
+                return
+            shown, gap = frame, frame.pts - shown.pts
+        until = shown.pts + shown_for(shown.duration, gap, track)
+        while target is not None and clock.shows(target, shown.pts, until):
+            yield to_rgb(shown, converter, place), clock.seconds(shown.pts)
+            target = next(targets, None)
+
+
+def _stream_live(
+    place: Place, fps: float | None, end: float | None, reconnect: Reconnect
+) -> Generator[tuple[Frame, float], None, None]:
+    converter = VideoReformatter()
+    began: float | None = None  # when the first frame came, on this machine's clock
+    newest, gap = 0.0, 0.001  # the last frame's time, and how long after the one before it came
+    slot = 0  # time is divided into slots of 1 / fps; the next one to give a frame
+    failures = 0
+    while True:
+        base: float | None = None  # the time of this connection's first frame
+        try:
+            for frame, seconds in _connect(place):
+                if base is None and began is None:
+                    began, base = time.monotonic(), 0.0
+                elif base is None:
+                    assert began is not None
+                    base = max(time.monotonic() - began, newest + gap)
+                now = base + seconds
+                if end is not None and now >= end:
+                    return
+                gap = now - newest if now > newest else gap
+                newest, failures = now, 0
+                if fps is not None:
+                    # A camera is not exact: a frame may come a tenth of a slot early.
+                    here = math.floor(now * fps + 0.1)
+                    if here < slot:
+                        continue
+                    slot = here + 1
+                yield to_rgb(frame, converter, place), now
+            problem = "it ended"
+        except VideoError as error:
+            if began is None:
+                raise
+            problem = str(error)
+        if failures == reconnect.attempts:
+            raise VideoError(
+                f"{place.name}: lost at {newest:.3f} s and not found again in {failures} attempts; "
+                f"the last problem: {problem}"
+            )
+        wait = min(reconnect.first_wait * 2.0 ** min(failures, 60), reconnect.longest_wait)
+        failures += 1
+        _log.warning(
+            "%s: lost at %.3f s (%s); attempt %d of %d in %g s",
+            *(place.name, newest, problem, failures, reconnect.attempts, wait),
+        )
+        reconnect.sleep(wait)
+
+
+def _connect(place: Place) -> Generator[tuple[av.VideoFrame, float], None, None]:
+    """The frames of one connection, and the seconds since the first of them."""
+    with (
+        open_video(place) as (container, track),
+        contextlib.closing(decode(container, track, place)) as frames,
+    ):
+        first: av.VideoFrame | None = None
+        began = time.monotonic()
+        for frame in frames:
+            if first is None:
+                first, began = frame, time.monotonic()
+            if first.pts is None:
+                # Raw streams have no timestamps: the time of arrival is all there is.
+                yield frame, time.monotonic() - began
+            elif frame.pts is None:
+                raise UnexpectedError(f"{place.name}: a frame has no timestamp")
+            else:
+                yield frame, float((frame.pts - first.pts) * track.time_base)
+
+
 def _tubelets(
     frames: Iterable[tuple[Frame, float]], tubelet_size: int
-) -> Iterator[tuple[NDArray[np.uint8], float]]:
+) -> Generator[tuple[NDArray[np.uint8], float], None, None]:
     tubelet: NDArray[np.uint8] | None = None
     filled = 0
     for frame, seconds in frames:
@@ -213,8 +462,7 @@ def _tubelets(
         if tubelet is None:
             tubelet = np.empty((tubelet_size, *frame.shape), np.uint8)
         if frame.shape != tubelet.shape[1:]:
-            old, new = (f"{shape[1]}x{shape[0]}" for shape in (tubelet.shape[1:], frame.shape))
-            raise VideoError(f"the frames change from {old} to {new} pixels at {seconds:.3f} s")
+            raise VideoError(_change(tubelet.shape[1:], frame.shape, seconds))
         tubelet[filled] = frame
         filled += 1
         if filled == tubelet_size:
@@ -224,3 +472,7 @@ def _tubelets(
         _log.warning("%d frames at the end do not fill a tubelet of %d", filled, tubelet_size)
 
 
+def _change(old: tuple[int, ...], new: tuple[int, ...], seconds: float) -> str:
+    return (
+        f"the frames change from {old[1]}x{old[0]} to {new[1]}x{new[0]} pixels at {seconds:.3f} s"
+    )

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jvjepa.attention import Backend
+from jvjepa.attention import Backend, check_backend
 from jvjepa.config import ModelConfig
 from jvjepa.encoder import Encoder
 from jvjepa.errors import CheckpointError, ConfigError, InputError
@@ -284,13 +284,15 @@ def load(folder: str | Path, *, dtype: str | None = None, attention: Backend = "
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    check_backend(attention)
     config, source = read_record(folder)
+    expected = parameter_shapes(config)
     path = Path(folder) / WEIGHTS_FILE
     with open_safetensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        check_names(str(path), shapes, parameter_shapes(config))
-        stored = {name: file.get_tensor(name) for name in shapes}
+        check_names(str(path), shapes, expected)
+        stored = {name: file.get_tensor(name) for name in expected}
     dtypes = {leaf.dtype for leaf in stored.values()}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES.values()):
         raise CheckpointError(

@@ -26,7 +26,9 @@ class ReferenceStream:
     ) -> None:
         self.config, self.params = config, params
         self.window, self.positions, self.final_norm = window, positions, final_norm
-        self.cache: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(config.num_layers)]
+        self.cache: list[list[tuple[np.ndarray, np.ndarray]]] = [
+            [] for _ in range(config.num_layers)
+        ]
         self.time = 0
 
     def step(self, tubelet: np.ndarray) -> np.ndarray:
@@ -94,7 +96,9 @@ def _patches(tubelet: np.ndarray, config: EncoderConfig) -> np.ndarray:
     )
 
 
-def _rotate(x: np.ndarray, frame: int, rows: int, columns: int, config: EncoderConfig) -> np.ndarray:
+def _rotate(
+    x: np.ndarray, frame: int, rows: int, columns: int, config: EncoderConfig
+) -> np.ndarray:
     """Tiled rotary embedding of [S, D], channel by channel."""
     width = config.head_width
     axis = 2 * ((width // 3) // 2)

@@ -1,0 +1,242 @@
+"""The command line: `jvjepa COMMAND`. Exit codes: 0 done, 1 parity not met, 2 bad input."""
+
+import dataclasses
+import logging
+import signal
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from jvjepa.attention import Backend
+from jvjepa.errors import InputError
+from jvjepa.gating import Reference
+from jvjepa.streaming import Pool, Positions
+
+_DType = Literal["float32", "bfloat16"]
+_Positional = tyro.conf.Positional
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Turn a Hugging Face checkpoint into a jvjepa folder."""
+
+    source: _Positional[str]
+    """A name like vjepa2-vitl-fpc64-256, a hub id, or a Hugging Face folder."""
+    out: _Positional[Path]
+    """The folder to make."""
+    dtype: _DType | None = None
+    """Dtype of the weights; by default the source's."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    force: bool = False
+    """Replace OUT."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportHf:
+    """Turn a jvjepa folder back into a Hugging Face checkpoint."""
+
+    model: _Positional[Path]
+    """A converted folder."""
+    out: _Positional[Path]
+    """The folder to make."""
+    force: bool = False
+    """Replace OUT."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Run converted weights and the PyTorch original side by side; exit code 1 if they differ."""
+
+    model: _Positional[Path]
+    """The converted folder."""
+    source: _Positional[str]
+    """What it was converted from."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    frames: int = 4
+    """Frames of the random clips, a multiple of 2."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What to read of a video, and how to run the model."""
+
+    fps: float | None = None
+    """Frames per second to take; by default all frames are taken."""
+    start: float = 0.0
+    """Seconds to skip (files only)."""
+    end: float | None = None
+    """Seconds at which to stop."""
+    dtype: _DType | None = None
+    """Dtype of the computation; by default that of the weights."""
+    attention: Backend = "auto"
+    """Attention backend."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Embed(Reading):
+    """Embed one clip of a video."""
+
+    model: _Positional[Path]
+    """A converted folder."""
+    video: _Positional[str]
+    """A file or a URL of one."""
+    out: Path
+    """The .npz to write: embedding [D], times, and tokens [N, D] if asked for."""
+    num_frames: int | None = None
+    """Frames of the clip; by default as many as the model was trained with."""
+    tokens: bool = False
+    """Write all tokens too."""
+    force: bool = False
+    """Replace OUT."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Streaming(Reading):
+    """The streaming encoder's options."""
+
+    window: int = 8
+    """Tubelets (pairs of frames) that a token sees."""
+    max_hold: int = 64
+    """Encode at the latest after this many skipped tubelets."""
+    positions: Positions = "window"
+    """Count the frame axis in the window, or from the start of the stream."""
+    pool: Pool = "tubelet"
+    """Embed the newest tubelet, or the window."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream(Streaming):
+    """Keep a live embedding of a video; encode only what is new."""
+
+    model: _Positional[Path]
+    """A converted folder."""
+    video: _Positional[str]
+    """A file, a URL, or camera:0."""
+    out: Path
+    """The .npz to write: embeddings [n, D], is_new [n], surprise [n], times [n]."""
+    tau: float = 0.015
+    """Encode where the surprise is at least this; 0 encodes everything. See calibrate."""
+    reference: Reference = "encoded"
+    """What the gate compares with."""
+    plot: Path | None = None
+    """A .png to draw the timeline into."""
+    force: bool = False
+    """Replace OUT and the plot."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrate(Streaming):
+    """Find the gate's threshold for a camera from a typical video."""
+
+    model: _Positional[Path]
+    """A converted folder."""
+    video: _Positional[str]
+    """A file, a URL, or camera:0; `--end` says how much of it."""
+    end: float | None = 60.0
+    """Seconds at which to stop."""
+    target_fidelity: float = 0.99
+    """Cosine to the ungated stream that must be kept."""
+    criterion: Literal["worst", "mean"] = "worst"
+    """Which cosine must reach the target: that of the worst tubelet, or the mean."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Convert, verify and stream a tiny checkpoint and a made video, without network."""
+
+    out: Path = Path("demo")
+    """The folder to work in; made anew."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info:
+    """Show what a converted folder, or a released checkpoint, holds."""
+
+    model: _Positional[str]
+    """A converted folder, or a name like vjepa2-vitl-fpc64-256."""
+    shapes: bool = False
+    """List every parameter."""
+
+
+_Command = (
+    Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[ExportHf, tyro.conf.subcommand("export-hf")]
+    | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[Stream, tyro.conf.subcommand("stream")]
+    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+)
+
+
+def run(command: object, console: Console) -> int:
+    """Carries out a parsed command; returns the exit code.
+
+    Args:
+        command: one of this module's dataclasses.
+        console: where to print.
+
+    Returns:
+        0, or 1 where parity is not met.
+
+    Raises:
+        InputError: bad input.
+        OSError: a file cannot be read or written.
+    """
+    from jvjepa import commands  # after parsing: `jvjepa --help` need not wait for JAX
+
+    name = type(command).__name__
+    action = {
+        "Convert": commands.convert,
+        "Verify": commands.verify,
+        "ExportHf": commands.export_hf,
+        "Embed": commands.embed,
+        "Stream": commands.stream,
+        "Calibrate": commands.calibrate,
+        "Demo": commands.demo,
+        "Info": commands.info,
+    }[name]
+    return action(command, console)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs it.
+
+    Args:
+        arguments: without the program's name; None takes the process's.
+
+    Returns:
+        The exit code: 0 done, 1 parity not met, 2 bad input, 130 interrupted with nothing to keep.
+    """
+    command = tyro.cli(_Command, prog="jvjepa", args=arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    console = Console(stderr=False, soft_wrap=True, highlight=False)
+    try:
+        return run(command, console)
+    except (InputError, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError) and not isinstance(error, InputError):
+            text = f"{error.filename or 'writing'}: {error.strerror or error}"
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _as_interrupt(number: int, frame: types.FrameType | None) -> None:
+    """A service manager's SIGTERM ends a stream as cleanly as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""What each command of the command line does."""
+
+import hashlib
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jvjepa
+from jvjepa import calibration, cli, plot, registry, video
+from jvjepa.attention import resolve
+from jvjepa.errors import InputError, VideoError
+from jvjepa.gating import Gate
+from jvjepa.live import Result, Session, tubelets
+from jvjepa.recording import Recorder, Thumbnails, check_output, save_npz
+from jvjepa.weights import CONFIG_FILE, WEIGHTS_FILE, Model, parameter_shapes, read_record
+
+
+def convert(options: cli.Convert, console: Console) -> int:
+    """`jvjepa convert`."""
+    from jvjepa.convert import convert
+
+    report = convert(
+        options.source,
+        options.out,
+        dtype=options.dtype,
+        revision=options.revision,
+        force=options.force,
+    )
+    console.print(report)
+    return 0
+
+
+def export_hf(options: cli.ExportHf, console: Console) -> int:
+    """`jvjepa export-hf`."""
+    from jvjepa.convert import export_hf
+
+    export_hf(options.model, options.out, force=options.force)
+    console.print(f"wrote {options.out}, which transformers loads")
+    return 0
+
+
+def verify(options: cli.Verify, console: Console) -> int:
+    """`jvjepa verify`."""
+    from jvjepa.convert import verify
+
+    checks = verify(options.model, options.source, revision=options.revision, frames=options.frames)
+    for check in checks:
+        verdict = "ok  " if check.ok else "FAIL"
+        numbers = f"max relative error {check.error:.2e}, tolerance {check.tolerance:.0e}"
+        console.print(f"{verdict} {check.name}: {numbers}; {check.detail}")
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def embed(options: cli.Embed, console: Console) -> int:
+    """`jvjepa embed`."""
+    check_output(options.out, suffix=".npz", force=options.force)
+    model = jvjepa.load(options.model, dtype=options.dtype, attention=options.attention)
+    config = model.config.encoder
+    count = config.frames_per_clip if options.num_frames is None else options.num_frames
+    try:
+        frames, times = video.read(
+            options.video, num_frames=count, fps=options.fps, start=options.start, end=options.end
+        )
+    except VideoError as error:
+        hint = "; --num-frames sets another number" if options.num_frames is None else ""
+        raise VideoError(f"{error}{hint}") from None
+    pixels = video.preprocess(frames, model.config)
+    forward = jax.jit(lambda params, clip: model.encoder.apply({"params": params}, clip))
+    begin = time.perf_counter()
+    tokens = np.asarray(forward(model.params["encoder"], pixels[None])[0], np.float32)
+    seconds = time.perf_counter() - begin
+    arrays = {"embedding": tokens.mean(axis=0), "times": times}
+    save_npz(options.out, {**arrays, "tokens": tokens} if options.tokens else arrays)
+    console.print(
+        f"{len(frames)} frames from {times[0]:.2f} to {times[-1]:.2f} s, {len(tokens)} tokens, "
+        f"{seconds:.1f} s with compilation; wrote {options.out}"
+    )
+    return 0
+
+
+def stream(options: cli.Stream, console: Console) -> int:
+    """`jvjepa stream`."""
+    check_output(options.out, suffix=".npz", force=options.force)
+    if options.plot is not None:
+        check_output(options.plot, suffix=".png", force=options.force)
+        plot.require_matplotlib()
+    gate = Gate(tau=options.tau, max_hold=options.max_hold, reference=options.reference)
+    model = jvjepa.load(options.model, dtype=options.dtype, attention=options.attention)
+    incoming = tubelets(options.video, model, fps=options.fps, start=options.start, end=options.end)
+    first = next(incoming, None)  # a video that cannot be read says so before the long compilation
+    if first is None:
+        raise VideoError(f"{options.video} has no whole tubelet of 2 frames in this range")
+    session = _session(options, model, gate, console)
+    columns = {
+        "embeddings": (np.dtype(np.float32), (model.config.encoder.hidden_size,)),
+        "is_new": (np.dtype(np.bool_), ()),
+        "surprise": (np.dtype(np.float32), ()),
+        "times": (np.dtype(np.float64), ()),
+    }
+    with Recorder(options.out, columns) as recorder:
+        progress = _StreamProgress(options, console)
+        try:
+            progress.take(session.step(first), recorder)
+            for tubelet in incoming:
+                progress.take(session.step(tubelet), recorder)
+        except KeyboardInterrupt:
+            console.print("interrupted")
+        except VideoError as error:
+            saved = f"; the {recorder.rows} embeddings before it are in {options.out}"
+            raise VideoError(f"{error}{saved if recorder.rows else ''}") from None
+        finally:
+            incoming.close()
+            if recorder.rows:
+                recorder.save()
+                progress.finish(session)
+    return 0
+
+
+def calibrate(options: cli.Calibrate, console: Console) -> int:
+    """`jvjepa calibrate`."""
+    find_threshold(options, console)
+    return 0
+
+
+def find_threshold(options: cli.Calibrate, console: Console) -> float:
+    """Prints the sweep, and what to use; returns the threshold."""
+    if not 0 < options.target_fidelity <= 1:
+        raise InputError(f"target-fidelity = {options.target_fidelity}; it must be in (0, 1]")
+    gate = Gate(tau=0.0, max_hold=options.max_hold)
+    model = jvjepa.load(options.model, dtype=options.dtype, attention=options.attention)
+    clip = list(
+        tubelets(options.video, model, fps=options.fps, start=options.start, end=options.end)
+    )
+    session = _session(options, model, gate, console)
+    table = Table("tau", "encoded", "mean cosine", "worst cosine", "seconds", "speed-up")
+    rows = []
+    with console.status("") as status:
+        steps = calibration.sweep(
+            session, clip, max_hold=options.max_hold, progress=lambda text: status.update(text)
+        )
+        for row in steps:
+            rows.append(row)
+            table.add_row(
+                "0 (ungated)" if row.tau == 0 else f"{row.tau:g}",
+                f"{row.encoded:.1%}",
+                f"{row.mean:.5f}",
+                f"{row.worst:.5f}",
+                f"{row.seconds:.2f}",
+                f"{rows[0].seconds / row.seconds:.2f} x",
+            )
+    console.print(table)
+    chosen = calibration.best(rows, options.target_fidelity, options.criterion)
+    target = f"{options.criterion} cosine at least {options.target_fidelity:g}"
+    if chosen.tau == 0:
+        console.print(f"no threshold keeps the {target}; use --tau 0, which encodes everything")
+    else:
+        console.print(f"use --tau {chosen.tau:g}: the largest with a {target} on this video")
+    return chosen.tau
+
+
+def demo(options: cli.Demo, console: Console) -> int:
+    """`jvjepa demo`."""
+    from jvjepa.demo import demo
+
+    return demo(options.out, console)
+
+
+def info(options: cli.Info, console: Console) -> int:
+    """`jvjepa info`."""
+    folder = Path(options.model)
+    stored = folder.is_dir()
+    if stored:
+        config, source = read_record(folder)
+    elif folder.exists():
+        raise InputError(f"{folder} is a file; give the folder that holds it")
+    else:
+        release = registry.get(options.model)
+        config, source = release.config, None
+        console.print(f"{options.model}: released as {release.repo}")
+    shapes = parameter_shapes(config)
+    encoder = config.encoder
+    if stored:
+        model = jvjepa.load(folder)  # checks every tensor
+        digest = hashlib.sha256()
+        with open(folder / WEIGHTS_FILE, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+        console.print(f"{folder}: {folder / CONFIG_FILE}, {folder / WEIGHTS_FILE}")
+        console.print(f"sha256 of the weights: {digest.hexdigest()}")
+        console.print(f"dtype: {np.dtype(model.encoder.param_dtype).name}")
+        del model
+    if source is not None:
+        revision = f" at {source.revision}" if source.revision else ""
+        console.print(f"converted from {source.name}{revision} by jvjepa {source.converter}")
+        console.print(f"sha256 of the source's weights: {source.sha256}")
+    console.print(
+        f"encoder: width {encoder.hidden_size}, {encoder.num_layers} layers, {encoder.num_heads} "
+        f"heads of {encoder.head_width}, MLP {encoder.mlp_dim}, {encoder.rope} rope; trained on "
+        f"{encoder.frames_per_clip} frames of {encoder.crop_size} x {encoder.crop_size}"
+    )
+    if config.classifier is not None:
+        labels = config.classifier.labels
+        console.print(f"classifier: {len(labels)} classes, {labels[0]!r} to {labels[-1]!r}")
+    tokens = encoder.frames_per_clip // encoder.tubelet_size * encoder.config_grid**2
+    backend = resolve("auto", (1, encoder.num_heads, tokens, tokens))
+    console.print(f"attention here, {tokens} tokens: {backend} on {jax.default_backend()}")
+    parts: dict[str, int] = {}
+    for name, shape in shapes.items():
+        part = name.split("/")[0]
+        parts[part] = parts.get(part, 0) + math.prod(shape)
+    for part, count in parts.items():
+        console.print(f"{part}: {count:,} parameters")
+    console.print(f"all: {sum(parts.values()):,} parameters")
+    if options.shapes:
+        for name, shape in shapes.items():
+            console.print(f"  {name} {list(shape)}")
+    return 0
+
+
+def _session(options: cli.Streaming, model: Model, gate: Gate, console: Console) -> Session:
+    begin = time.perf_counter()
+    session = Session(
+        model, gate, window=options.window, positions=options.positions, pool=options.pool
+    )
+    encoder = model.encoder
+    tokens = session.state.gate.reference.shape[1]
+    scores = (1, encoder.config.num_heads, tokens, tokens * options.window)
+    console.print(
+        f"{np.dtype(encoder.dtype).name} on {jax.default_backend()}, attention "
+        f"{resolve(encoder.attention, scores)}, window {options.window}, compiled in "
+        f"{time.perf_counter() - begin:.1f} s"
+    )
+    return session
+
+
+class _StreamProgress:
+    """The live line, the timeline, and the summary of `jvjepa stream`."""
+
+    def __init__(self, options: cli.Stream, console: Console) -> None:
+        self.options, self.console = options, console
+        self.begin = self.printed = time.perf_counter()
+        self.encoded_ms: list[float] = []
+        self.skipped_ms: list[float] = []
+        self.rows: list[tuple[float, float, bool]] = []  # only for the plot
+        self.thumbnails = Thumbnails()
+        self.last: Result | None = None
+        self.count = self.not_finite = 0
+
+    def take(self, result: Result, recorder: Recorder) -> None:
+        tubelet, self.last = result.tubelet, result
+        row = {"is_new": result.is_new, "surprise": result.surprise, "times": tubelet.time}
+        recorder.append({"embeddings": result.embedding, **row})
+        self.count += 1
+        self.not_finite += not result.finite
+        times = self.encoded_ms if result.is_new else self.skipped_ms
+        times.append(1e3 * result.seconds)
+        del times[:-1000]  # the newest thousand say what the machine does now
+        if self.options.plot is not None:
+            self.rows.append((tubelet.time, result.surprise, result.is_new))
+            self.thumbnails.add(tubelet.time, tubelet.frame)
+        now = time.perf_counter()
+        if now - self.printed >= (0.1 if self.console.is_terminal else 2.0):
+            self.printed = now
+            end = "\r" if self.console.is_terminal else "\n"
+            self.console.print(self._line(result, now), end=end)
+
+    def _line(self, result: Result, now: float) -> str:
+        rate = self.count * len(result.tubelet.pixels) / (now - self.begin)
+        what = "encoded" if result.is_new else "skipped"
+        dropped = f"  dropped {result.tubelet.dropped}" if result.tubelet.dropped else ""
+        return (
+            f"{result.tubelet.time:9.2f} s  surprise {result.surprise:9.2e}  {what}  "
+            f"{1e3 * result.seconds:7.1f} ms  {rate:6.1f} frames/s{dropped}"
+        )
+
+    def finish(self, session: Session) -> None:
+        statistics = session.statistics()
+        seconds = time.perf_counter() - self.begin
+        seen, encoded = int(statistics.seen[0]), int(statistics.encoded[0])
+        frames = seen * session.model.config.encoder.tubelet_size
+        self.console.print(
+            f"{seen} tubelets ({frames} frames) in {seconds:.1f} s: {encoded} encoded, "
+            f"{seen - encoded} skipped; {statistics.compute:.1%} of the compute of encoding all"
+        )
+        medians = [
+            f"{name} {np.median(times):.1f} ms"
+            for name, times in (("encoded", self.encoded_ms), ("skipped", self.skipped_ms))
+            if times
+        ]
+        self.console.print(f"median step: {', '.join(medians)}")
+        if self.not_finite:
+            self.console.print(f"{self.not_finite} tubelets were not finite")
+        if self.last is not None and self.last.tubelet.dropped:
+            self.console.print(f"{self.last.tubelet.dropped} tubelets dropped: the source is live")
+        self.console.print(f"wrote {self.options.out}")
+        if self.options.plot is not None:
+            times, surprise, is_new = (
+                np.asarray(column) for column in zip(*self.rows, strict=True)
+            )
+            frames = self.thumbnails.kept
+            plot.timeline(self.options.plot, times, surprise, is_new, session.gate.tau, frames)
+            self.console.print(f"wrote {self.options.plot}")
