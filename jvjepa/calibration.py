@@ -36,6 +36,7 @@ def sweep(
     tubelets: Sequence[Tubelet],
     *,
     max_hold: int,
+    settle: int,
     count: int = 10,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
@@ -45,6 +46,7 @@ def sweep(
         session: the stream; it is restarted for each threshold.
         tubelets: at least two.
         max_hold: of the gate.
+        settle: of the gate.
         count: thresholds to try.
         progress: told what runs now.
 
@@ -61,7 +63,7 @@ def sweep(
     yield row
     for tau in _candidates(session, tubelets, count):
         progress(f"tau {tau:g}")
-        _, row = _run(session, tubelets, Gate(tau=tau, max_hold=max_hold), exact)
+        _, row = _run(session, tubelets, Gate(tau=tau, max_hold=max_hold, settle=settle), exact)
         yield row
 
 

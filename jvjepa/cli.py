@@ -105,6 +105,8 @@ class Streaming(Reading):
     """Tubelets (pairs of frames) that a token sees."""
     max_hold: int = 64
     """Encode at the latest after this many skipped tubelets."""
+    settle: int = 0
+    """Encode this many more after each surprise, until the window is full of what is new."""
     positions: Positions = "window"
     """Count the frame axis in the window, or from the start of the stream."""
     pool: Pool = "tubelet"

@@ -85,11 +85,22 @@ def embed(options: cli.Embed, console: Console) -> int:
 
 def stream(options: cli.Stream, console: Console) -> int:
     """`jvjepa stream`."""
+    stream_video(options, console)
+    return 0
+
+
+def stream_video(options: cli.Stream, console: Console) -> float:
+    """Streams and writes the .npz; returns the seconds that the encoder's steps took."""
     check_output(options.out, suffix=".npz", force=options.force)
     if options.plot is not None:
         check_output(options.plot, suffix=".png", force=options.force)
         plot.require_matplotlib()
-    gate = Gate(tau=options.tau, max_hold=options.max_hold, reference=options.reference)
+    gate = Gate(
+        tau=options.tau,
+        max_hold=options.max_hold,
+        settle=options.settle,
+        reference=options.reference,
+    )
     model = jvjepa.load(options.model, dtype=options.dtype, attention=options.attention)
     incoming = tubelets(options.video, model, fps=options.fps, start=options.start, end=options.end)
     first = next(incoming, None)  # a video that cannot be read says so before the long compilation
@@ -118,20 +129,14 @@ def stream(options: cli.Stream, console: Console) -> int:
             if recorder.rows:
                 recorder.save()
                 progress.finish(session)
-    return 0
+    return progress.step_seconds
 
 
 def calibrate(options: cli.Calibrate, console: Console) -> int:
     """`jvjepa calibrate`."""
-    find_threshold(options, console)
-    return 0
-
-
-def find_threshold(options: cli.Calibrate, console: Console) -> float:
-    """Prints the sweep, and what to use; returns the threshold."""
     if not 0 < options.target_fidelity <= 1:
         raise InputError(f"target-fidelity = {options.target_fidelity}; it must be in (0, 1]")
-    gate = Gate(tau=0.0, max_hold=options.max_hold)
+    gate = Gate(tau=0.0, max_hold=options.max_hold, settle=options.settle)
     model = jvjepa.load(options.model, dtype=options.dtype, attention=options.attention)
     clip = list(
         tubelets(options.video, model, fps=options.fps, start=options.start, end=options.end)
@@ -141,7 +146,11 @@ def find_threshold(options: cli.Calibrate, console: Console) -> float:
     rows = []
     with console.status("") as status:
         steps = calibration.sweep(
-            session, clip, max_hold=options.max_hold, progress=lambda text: status.update(text)
+            session,
+            clip,
+            max_hold=options.max_hold,
+            settle=options.settle,
+            progress=lambda text: status.update(text),
         )
         for row in steps:
             rows.append(row)
@@ -160,7 +169,7 @@ def find_threshold(options: cli.Calibrate, console: Console) -> float:
         console.print(f"no threshold keeps the {target}; use --tau 0, which encodes everything")
     else:
         console.print(f"use --tau {chosen.tau:g}: the largest with a {target} on this video")
-    return chosen.tau
+    return 0
 
 
 def demo(options: cli.Demo, console: Console) -> int:
@@ -250,6 +259,7 @@ class _StreamProgress:
         self.thumbnails = Thumbnails()
         self.last: Result | None = None
         self.count = self.not_finite = 0
+        self.step_seconds = 0.0
 
     def take(self, result: Result, recorder: Recorder) -> None:
         tubelet, self.last = result.tubelet, result
@@ -257,6 +267,7 @@ class _StreamProgress:
         recorder.append({"embeddings": result.embedding, **row})
         self.count += 1
         self.not_finite += not result.finite
+        self.step_seconds += result.seconds
         times = self.encoded_ms if result.is_new else self.skipped_ms
         times.append(1e3 * result.seconds)
         del times[:-1000]  # the newest thousand say what the machine does now

@@ -4,8 +4,9 @@ What is damaged is an error and never a grey, repeated or missing frame. FFmpeg 
 it is told not to, so the decoder runs with `err_detect=explode`, without frame threads (with them
 it hands out damaged frames before it notices), every packet must give its frame, and the file must
 hold what its header promises. Damage that leaves a valid stream, a changed bit for instance that
-makes one coefficient another, cannot be seen by any decoder; nor can frames that are cut off the
-end of a file (MPEG-TS, raw streams) whose header promises nothing.
+makes one coefficient another, cannot be seen by any decoder. Nor can whole frames that are gone
+from Matroska or MPEG-TS, which do not count them, if nothing left depends on them; nor a cut end
+of MPEG-TS, whose header promises nothing.
 """
 
 import bisect
@@ -15,6 +16,7 @@ import math
 import os
 import pathlib
 import sys
+import time
 import urllib.parse
 from collections.abc import Generator, Iterator
 from fractions import Fraction
@@ -39,7 +41,7 @@ _LIVE_SCHEMES = {"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt", "tcp"}
 _ONE_FRAME_A_PACKET = {"h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg"}
 _MOST_PACKETS_TO_A_KEYFRAME = 3000  # of a live stream; a minute or more
 _COARSEST_TIMESTAMP = Fraction(1, 1000)  # seconds; Matroska rounds to this
-_SHORTEST_TAIL = 0.25  # seconds that may be missing where only a header's duration tells
+_SHORTEST_TAIL = 0.05  # seconds; a header's duration may be this wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +102,16 @@ def locate(source: Source, timeout: tuple[float, float]) -> Place:
 def open_video(place: Place) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Opens the first track of moving pictures, and closes it whatever happens."""
     options = {"rtsp_transport": "tcp"} if place.address.startswith("rtsp") else {}
+    began = time.monotonic()
     try:
         container = av.open(
             place.address, format=place.format, options=options, timeout=place.timeout
         )
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{place.name}: cannot be opened as a video ({_reason(error)})") from error
+        # What is interrupted because of its time limit (rtsp) may call it invalid data.
+        late = place.timeout is not None and time.monotonic() - began >= place.timeout[0]
+        why = "no answer in time" if late else _reason(error)
+        raise VideoError(f"{place.name}: cannot be opened as a video ({why})") from error
     with container:
         tracks = [
             track
@@ -126,7 +132,7 @@ def open_video(place: Place) -> Iterator[tuple[InputContainer, VideoStream]]:
 def _reason(error: Exception) -> str:
     # Not str(error): that repeats the address, which may hold a password.
     if isinstance(error, av.error.ExitError):
-        return "no answer in time"
+        return "no data in time"
     return getattr(error, "strerror", None) or type(error).__name__
 
 
@@ -228,10 +234,12 @@ def index_packets(place: Place) -> Index | None:
         if track.codec_context.name not in _ONE_FRAME_A_PACKET:
             return None
         clock = Clock(0, track.time_base)
+        joining = _joins(container, place)
         try:
             for packet in container.demux(track):
                 packets += not _is_last(packet)
-                if packet.size == 0 or not (keys or packet.is_keyframe):
+                joining = joining and not packet.is_keyframe
+                if packet.size == 0 or joining:
                     continue
                 if packet.pts is None or packet.pts in orders:
                     return None
@@ -300,10 +308,13 @@ def decode(
     awaited: set[int] = set()  # ticks of packets whose frames have not come yet
     counts = track.codec_context.name in _ONE_FRAME_A_PACKET
     clock = Clock(origin or 0, track.time_base)
+    first: int | None = None  # the tick of the first packet, a keyframe
     newest: int | None = None
-    at: int | None = None
+    at: int | None = None  # what messages say
+    gap = duration = None
     packets = frames = 0
-    waiting, interlaced = True, False
+    waiting = key is not None or _joins(container, place)
+    interlaced = False
 
     def damaged(what: str) -> UnexpectedError:
         where = "at its beginning" if at is None else f"at {max(clock.seconds(at), 0.0):.3f} s"
@@ -323,9 +334,9 @@ def decode(
                 if waiting or packet.size == 0:  # an empty one says "show the last for longer"
                     continue
                 at = packet.pts
-                if origin is None and at is not None:
-                    origin = at
-                    clock = clock._replace(origin=at)
+                if first is None and at is not None:
+                    first = at
+                    clock = clock._replace(origin=at if origin is None else origin)
                 if packet.is_corrupt:
                     raise damaged("a part is missing (is it cut off?)")
                 if counts and packet.pts is not None and not packet.is_discard:
@@ -343,16 +354,17 @@ def decode(
                 if frame.pts is not None:
                     if newest is not None and frame.pts <= newest:
                         raise damaged("timestamps do not grow")
-                    if key is not None and not frames and frame.pts > key.tick:
-                        raise damaged("decoding cannot start at every keyframe")
-                    # Two packets can make one interlaced frame. And frames before the first one
-                    # may depend on a keyframe that is not there.
-                    at = min(awaited, default=frame.pts)
-                    if at < frame.pts and frames and not interlaced:
+                    # What is shown before the first keyframe may depend on one that is not there,
+                    # and after joining a live stream a decoder may need frames to find its feet.
+                    # Two packets can make one interlaced frame.
+                    lost = [tick for tick in awaited if first <= tick < frame.pts]
+                    if lost and not interlaced and not (place.live and not frames):
+                        at = min(lost)
                         raise damaged("a frame is missing")
                     awaited = {tick for tick in awaited if tick > frame.pts}
                     clock = clock if frames or key else clock._replace(origin=frame.pts)
-                    newest = frame.pts
+                    gap = None if newest is None else frame.pts - newest
+                    newest, duration = frame.pts, frame.duration
                 frames += 1
                 yield frame
                 at = newest
@@ -364,7 +376,8 @@ def decode(
         at = min(awaited)
         raise damaged("a frame is missing")
     if key is None and not place.live and newest is not None:
-        _check_complete(container, track, place, packets, clock, newest)
+        end = newest + shown_for(duration, gap, track)
+        _check_complete(container, track, place, packets, clock, end)
 
 
 def to_rgb(frame: av.VideoFrame, converter: VideoReformatter, place: Place) -> Frame:
@@ -404,6 +417,14 @@ def _is_last(packet: av.Packet) -> bool:
     return packet.size == 0 and packet.dts is None
 
 
+def _joins(container: InputContainer, place: Place) -> bool:
+    """Whether it may begin in the middle: then what precedes the first keyframe cannot be shown.
+
+    Elsewhere the first packet is a keyframe, and if it does not look like one it is damaged.
+    """
+    return bool(place.live) or container.format.name in {"mpegts", "mpeg"}
+
+
 def shown_for(duration: int | None, gap: int | None, track: VideoStream) -> int:
     """How long the last frame is shown, in ticks.
 
@@ -423,12 +444,12 @@ def _check_complete(
     place: Place,
     packets: int,
     clock: Clock,
-    last: int,
+    end: int,
 ) -> None:
     """Raises VideoError if the header promises more than there is."""
     if "mp4" in container.format.name:
         if packets < len(track.index_entries):
-            raise _cut_off(place, clock.seconds(last))
+            raise _cut_off(place, clock.seconds(end))
         return
     # The tag is of the track. The container's is of its longest track, so it tells if it is alone.
     promised = _seconds(track.metadata.get("DURATION", ""))
@@ -436,9 +457,9 @@ def _check_complete(
         promised = container.duration / av.time_base
     frame = float(1 / track.average_rate) if track.average_rate else 0.0
     # Some writers count from 0 and some from the first frame: believe what promises less.
-    end = max(clock.seconds(last), float(last * track.time_base))
-    if promised is not None and promised - end > max(_SHORTEST_TAIL, 2 * frame):
-        raise _cut_off(place, clock.seconds(last), f" of {promised:.3f} s")
+    there = max(clock.seconds(end), float(end * track.time_base))
+    if promised is not None and promised - there > max(_SHORTEST_TAIL, 1.5 * frame):
+        raise _cut_off(place, clock.seconds(end), f" of {promised:.3f} s")
 
 
 def _cut_off(place: Place, seconds: float, promised: str = "") -> UnexpectedError:

@@ -50,15 +50,14 @@ def demo(folder: Path, console: Console) -> int:
     if commands.verify(cli.Verify(model=model, source=str(source)), console):
         return 1
 
-    console.rule("jvjepa calibrate")
-    tau = commands.find_threshold(cli.Calibrate(model=model, video=str(clip)), console)
-    console.rule(f"jvjepa stream --tau {tau:g}")
+    console.rule(f"jvjepa stream --settle {cli.Stream.window - 1}")
     gated, ungated, picture = (folder / n for n in ("gated.npz", "ungated.npz", "timeline.png"))
-    stream = {"model": model, "video": str(clip)}
-    commands.stream(cli.Stream(**stream, out=gated, tau=tau, plot=picture), console)
+    stream = {"model": model, "video": str(clip), "settle": cli.Stream.window - 1}
+    seconds = commands.stream_video(cli.Stream(**stream, out=gated, plot=picture), console)
     console.rule("jvjepa stream --tau 0 (everything encoded)")
-    commands.stream(cli.Stream(**stream, out=ungated, tau=0.0), console)
+    all_seconds = commands.stream_video(cli.Stream(**stream, out=ungated, tau=0.0), console)
     _compare(gated, ungated, console)
+    console.print(f"speed-up of all steps together: {all_seconds / seconds:.2f} x")
     console.print(
         f"timeline: {picture}\n\nWith a real checkpoint and a video of yours:\n"
         "  jvjepa convert vjepa2-vitl-fpc64-256 models/vitl\n"

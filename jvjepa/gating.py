@@ -42,6 +42,9 @@ class Gate:
         tau: encode where the surprise is at least this, 0 to 2; 0 encodes everything. `jvjepa
             calibrate` finds the value for a camera.
         max_hold: encode at the latest after this many skipped in a row.
+        settle: encode this many more after each that was surprising. The embedding right after a
+            change still sees a window full of the time before, and would be held; with W-1 it is
+            held when the window is full of what is new.
         reference: compare with the last "encoded" one, or with the "previous" one as the library
             saccadic does, which slow drift never triggers.
 
@@ -51,17 +54,32 @@ class Gate:
 
     tau: float = 0.015
     max_hold: int = 64
+    settle: int = 0
     reference: Reference = "encoded"
 
     def __post_init__(self) -> None:
         """Checks every field."""
         if not 0.0 <= self.tau <= 2.0:
             raise ConfigError(f"tau = {self.tau}; it must be between 0 and 2")
-        if self.max_hold < 0:
-            raise ConfigError(f"max_hold = {self.max_hold}; it must be 0 or more")
+        for name in ("max_hold", "settle"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}; it must be 0 or more")
         if self.reference not in get_args(Reference):
             right = get_args(Reference)
             raise ConfigError(f"reference = {self.reference!r}; it must be one of {right}")
+
+
+class Numbers(NamedTuple):
+    """The numbers of a `Gate`, which are traced, so that changing them compiles nothing."""
+
+    tau: Array
+    max_hold: Array
+    settle: Array
+
+
+def _numbers(gate: Gate) -> Numbers:
+    whole = (np.int32(gate.max_hold), np.int32(gate.settle))
+    return Numbers(np.float32(gate.tau), *whole)
 
 
 class GateState(NamedTuple):
@@ -71,6 +89,7 @@ class GateState(NamedTuple):
         reference: float32 [B, n, D], the patch tokens to compare with; n is S or N.
         ready: bool [B], whether there is a reference yet.
         held: int32 [B], how many were skipped since the last one that was encoded.
+        settling: int32 [B], how many are still to be encoded after the last surprise.
         output: the last good output of each stream, given again while it skips.
         seen: int32 [B], tubelets or clips that came.
         encoded: int32 [B], those of them that were encoded.
@@ -81,6 +100,7 @@ class GateState(NamedTuple):
     reference: Array
     ready: Array
     held: Array
+    settling: Array
     output: StepOutput
     seen: Array
     encoded: Array
@@ -217,7 +237,7 @@ def step(
         InputError: the tubelet does not fit the state.
     """
     how = {"reference": gate.reference, "positions": positions, "pool": pool}
-    return _step(encoder, params, state, tubelet, gate.tau, gate.max_hold, **how)
+    return _step(encoder, params, state, tubelet, _numbers(gate), **how)
 
 
 def scan(
@@ -248,7 +268,7 @@ def scan(
         InputError: the tubelets do not fit the state.
     """
     how = {"reference": gate.reference, "positions": positions, "pool": pool}
-    return _scan(encoder, params, state, tubelets, gate.tau, gate.max_hold, **how)
+    return _scan(encoder, params, state, tubelets, _numbers(gate), **how)
 
 
 def step_clip(
@@ -269,9 +289,7 @@ def step_clip(
     Raises:
         InputError: the clip does not fit the state.
     """
-    return _step_clip(
-        encoder, params, state, video, gate.tau, gate.max_hold, reference=gate.reference
-    )
+    return _step_clip(encoder, params, state, video, _numbers(gate), reference=gate.reference)
 
 
 def reset(state: GatedStream, which: Array) -> GatedStream:
@@ -292,7 +310,7 @@ def reset(state: GatedStream, which: Array) -> GatedStream:
     kept = {
         name: jnp.where(which, jnp.zeros((), field.dtype), field)
         for name, field in gate._asdict().items()
-        if name in ("ready", "held", "seen", "encoded")
+        if name in ("ready", "held", "settling", "seen", "encoded")
     }
     return GatedStream(stream, gate._replace(**kept))
 
@@ -343,8 +361,7 @@ def _step(
     params: Params,
     state: GatedStream,
     tubelet: Array,
-    tau: Array,
-    max_hold: Array,
+    numbers: Numbers,
     *,
     reference: Reference,
     positions: Positions,
@@ -358,7 +375,7 @@ def _step(
         return streaming.advance(encoder, params, stream, patches, grid, **how, commit=commit)
 
     stream, gate, out = _gated(
-        encode, state.stream, state.gate, patches, tau, max_hold, reference=reference
+        encode, state.stream, state.gate, patches, numbers, reference=reference
     )
     return GatedStream(stream, gate), out
 
@@ -369,8 +386,7 @@ def _scan(
     params: Params,
     state: GatedStream,
     tubelets: Array,
-    tau: Array,
-    max_hold: Array,
+    numbers: Numbers,
     *,
     reference: Reference,
     positions: Positions,
@@ -379,7 +395,7 @@ def _scan(
     how = {"reference": reference, "positions": positions, "pool": pool}
 
     def body(state: GatedStream, tubelet: Array) -> tuple[GatedStream, GatedOutput]:
-        return _step(encoder, params, state, tubelet, tau, max_hold, **how)
+        return _step(encoder, params, state, tubelet, numbers, **how)
 
     return jax.lax.scan(body, state, tubelets)
 
@@ -390,8 +406,7 @@ def _step_clip(
     params: Params,
     state: GateState,
     video: Array,
-    tau: Array,
-    max_hold: Array,
+    numbers: Numbers,
     *,
     reference: Reference,
 ) -> tuple[GateState, GatedOutput]:
@@ -408,7 +423,7 @@ def _step_clip(
         tokens = encoder.apply({"params": params}, video)
         return nothing, StepOutput(tokens, jnp.mean(tokens.astype(jnp.float32), axis=1))
 
-    _, gate, out = _gated(encode, (), state, patches, tau, max_hold, reference=reference)
+    _, gate, out = _gated(encode, (), state, patches, numbers, reference=reference)
     return gate, out
 
 
@@ -422,6 +437,7 @@ def _init_gate(encoder: Encoder, batch: int, tokens: int) -> GateState:
         reference=jnp.zeros((batch, tokens, width), jnp.float32),
         ready=jnp.zeros((batch,), jnp.bool_),
         held=count(),
+        settling=count(),
         output=StepOutput(
             tokens=jnp.zeros((batch, tokens, width), encoder.dtype),
             embedding=jnp.zeros((batch, width), jnp.float32),
@@ -438,17 +454,18 @@ def _gated(
     inner: _S,
     gate: GateState,
     patches: Array,
-    tau: Array,
-    max_hold: Array,
+    numbers: Numbers,
     *,
     reference: Reference,
 ) -> tuple[_S, GateState, GatedOutput]:
     """Decides per stream, and runs `encode(inner, commit)` if any stream needs it."""
+    tau, max_hold, settle = numbers
     descriptor = patches.astype(jnp.float32)
     finite = jnp.all(jnp.isfinite(descriptor), axis=(1, 2))
     surprise = jnp.where(gate.ready, _surprise(descriptor, gate.reference), jnp.inf)
     surprise = jnp.where(finite, surprise, jnp.nan)
-    is_new = ~finite | ~gate.ready | (surprise >= tau) | (gate.held >= max_hold)
+    surprising = finite & (surprise >= tau)
+    is_new = ~finite | surprising | (gate.settling > 0) | (gate.held >= max_hold)
     commit = is_new & finite
     runs = jnp.any(is_new)
 
@@ -465,6 +482,9 @@ def _gated(
         reference=_where(compare_with, descriptor, gate.reference),
         ready=gate.ready | commit,
         held=jnp.where(commit, jnp.zeros((), jnp.int32), gate.held + 1),
+        settling=jnp.where(
+            surprising, settle, jnp.maximum(gate.settling - finite.astype(jnp.int32), 0)
+        ),
         output=_where(commit, fresh, gate.output),
         seen=gate.seen + 1,
         encoded=gate.encoded + is_new.astype(jnp.int32),

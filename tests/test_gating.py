@@ -129,6 +129,21 @@ def test_a_bad_first_frame_leaves_no_reference() -> None:
     assert np.isposinf(outputs[1].surprise[0])
 
 
+def test_settling_encodes_until_the_window_is_full_of_what_is_new() -> None:
+    encoder, params = tiny_model()
+    tubelets = _still(14, noise=0.01)
+    tubelets[7:] = random_video(1, 1, 1, 32, 32, seed=7) + 0.01 * tubelets[7:]
+    gate = Gate(tau=0.05, settle=WINDOW - 1)
+    _, settled = _gated(encoder, params, tubelets, gate)
+    assert np.flatnonzero(_decisions(settled)[:, 0]).tolist() == [0, 1, 2, 7, 8, 9]
+    _, held = _gated(encoder, params, tubelets, Gate(tau=0.05))
+    _, exact = _gated(encoder, params, tubelets, Gate(tau=0.0))
+    error, without = (
+        relative_error(outputs[-1].embedding, exact[-1].embedding) for outputs in (settled, held)
+    )
+    assert error < 0.5 * without
+
+
 @pytest.mark.parametrize("max_hold", [0, 1, 3])
 def test_max_hold_bounds_how_old_an_embedding_gets(max_hold: int) -> None:
     encoder, params = tiny_model()
@@ -194,7 +209,7 @@ def test_another_threshold_compiles_nothing(compilations: Callable[[], int]) -> 
     state, _ = gating.step(encoder, params, state, tubelet, Gate())
     compiled = compilations()
     for i in range(4):
-        gate = Gate(tau=0.01 * i, max_hold=i)
+        gate = Gate(tau=0.01 * i, max_hold=i, settle=i)
         state, _ = gating.step(encoder, params, state, tubelet, gate)
     assert compilations() == compiled
 
@@ -262,6 +277,7 @@ def test_a_gate_for_whole_clips() -> None:
         ({"tau": -0.1}, "tau = -0.1; it must be between 0 and 2"),
         ({"tau": float("nan")}, "tau = nan"),
         ({"max_hold": -1}, "max_hold = -1"),
+        ({"settle": -1}, "settle = -1"),
         ({"reference": "last"}, "reference = 'last'"),
     ],
 )

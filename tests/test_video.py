@@ -353,11 +353,9 @@ def test_file_over_http(clips: dict[str, Path]) -> None:
 def check_ends_loudly(path: Path, reference: Path, message: str) -> None:
     """Frames up to the damage are right, then comes an error that names the file and the time."""
     expected, _ = decode_all(reference)
-    good = []
-    frames = video.stream(path)
+    good: list[np.ndarray] = []
     with pytest.raises(VideoError, match=message) as caught:
-        while True:
-            good.append(next(frames)[0])
+        good.extend(frame for frame, _ in video.stream(path))
     assert str(path) in str(caught.value)
     assert 0 < len(good) < COUNT
     np.testing.assert_array_equal(np.stack(good), expected[: len(good)])
@@ -425,6 +423,24 @@ def test_a_lost_keyframe_is_noticed(tmp_path: Path, clips: dict[str, Path], end:
     path = remux(clips["mp4"], tmp_path / f"lost.{end}", lambda i, _: i != 24)
 
     check_ends_loudly(path, clips["mp4"], r", at 0\.\d+ s")
+
+
+@pytest.mark.parametrize("number", [0, 24])
+def test_an_emptied_keyframe_is_noticed(
+    tmp_path: Path, clips: dict[str, Path], number: int
+) -> None:
+    """FFmpeg skips zeros without a word, and with them all frames to the next keyframe."""
+    path = tmp_path / "zeros.mp4"
+    data = bytearray(clips["fast"].read_bytes())
+    with av.open(str(clips["fast"])) as container:
+        packet = [p for p in container.demux(video=0) if p.size][number]
+        data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    path.write_bytes(data)
+
+    with pytest.raises(VideoError, match=rf"zeros\.mp4: .*, at {number / 30:.3f} s"):
+        list(video.stream(path))
+    with pytest.raises(VideoError, match=r"zeros\.mp4: "):
+        video.read(path)
 
 
 def test_damage_elsewhere_does_not_matter_to_a_sample(tmp_path: Path) -> None:
@@ -570,8 +586,8 @@ def until_lost(url: str, **arguments: Any) -> tuple[list[np.ndarray], list[float
     raise AssertionError("a live source has no end")
 
 
-# FFmpeg's http cannot tell the end of an unsized body from a failure, so what the decoder holds back
-# for reordering (two frames here) is lost with the connection.
+# FFmpeg's http cannot tell the end of an unsized body from a failure, so what the decoder holds
+# back for reordering (two frames here) is lost with the connection.
 HELD_BACK = 2
 
 
@@ -655,6 +671,30 @@ def test_live_over_tcp(clips: dict[str, Path]) -> None:
 
     np.testing.assert_array_equal(frames, expected)
     assert "lost at 1.967 s" in error
+
+
+def test_a_live_source_that_stalls_is_lost(clips: dict[str, Path]) -> None:
+    """It neither sends anything nor hangs up."""
+    data = clips["ts"].read_bytes()
+    told = threading.Event()
+
+    def answer(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(data[: len(data) // 2])
+            told.wait(timeout=60)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, args=(server,))
+        thread.start()
+        reconnect = video.Reconnect(attempts=0, read_timeout=0.3)
+        url = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        frames, _, error = until_lost(url, reconnect=reconnect)
+        told.set()
+        thread.join()
+
+    assert 15 < len(frames) < COUNT
+    assert "no data in time" in error
 
 
 def test_live_fps_drops_frames(clips: dict[str, Path]) -> None:
