@@ -1,6 +1,6 @@
 """How much memory a conversion takes: a random ViT-L, made by transformers, converted on its own.
 
-    python -m benchmarks.convert_memory
+    python benchmarks/convert_memory.py
 
 Linux only: the numbers are from /proc/self/status of the process that converts. VmHWM is its peak
 in all, and counts pages of the source file that are mapped, which the system can drop at any time;
@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -95,6 +96,7 @@ def main() -> None:
             f"{measured['anonymous'] / size:.2f}",
             f"{measured['seconds']:.1f}",
         )
+    print(machine.describe())
     Console(width=120).print(table)
     sys.exit(0 if good else 1)
 

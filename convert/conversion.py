@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.text import Text
 
 from jvjepa.config import ModelConfig
 from jvjepa.convert import hub
@@ -46,6 +47,22 @@ class Report:
     parameters: dict[str, int]
     num_bytes: int
     source: Source | None
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        total = sum(self.parameters.values())
+        lines = [
+            f"{self.out}: {total:,} parameters, {self.dtype}, {self.num_bytes / 1e6:,.1f} MB",
+            *(f"  {part}: {count:,} parameters" for part, count in self.parameters.items()),
+        ]
+        if self.source is not None:
+            revision = f" at revision {self.source.revision}" if self.source.revision else ""
+            lines.append(f"  from {self.source.name}{revision}, sha256 {self.source.sha256}")
+        return "\n".join(lines)
+
+    def __rich__(self) -> Text:
+        """The same for rich, which would print the fields of a dataclass."""
+        return Text(str(self))
 
 
 def convert(

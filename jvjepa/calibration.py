@@ -80,7 +80,7 @@ def best(rows: Sequence[Row], target: float, criterion: Criterion) -> Row:
     """
     good = rows[0]
     for row in rows[1:]:
-        if getattr(row, criterion) < target:
+        if not getattr(row, criterion) >= target:  # a NaN does not reach it
             break
         good = row
     return good

@@ -193,7 +193,7 @@ def run(command: object, console: Console) -> int:
         InputError: bad input.
         OSError: a file cannot be read or written.
     """
-    from jvjepa import commands  # after parsing: `jvjepa --help` need not wait for JAX
+    from jvjepa import commands  # here, because it imports this module
 
     name = type(command).__name__
     action = {
@@ -216,23 +216,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's.
 
     Returns:
-        The exit code: 0 done, 1 parity not met, 2 bad input, 130 interrupted with nothing to keep.
+        The exit code: 0 done, 1 parity not met, 2 bad input, 130 interrupted before there was anything to keep.
     """
     command = tyro.cli(_Command, prog="jvjepa", args=arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    signal.signal(signal.SIGTERM, _as_interrupt)
-    console = Console(stderr=False, soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    before = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         return run(command, console)
     except (InputError, OSError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and not isinstance(error, InputError):
-            text = f"{error.filename or 'writing'}: {error.strerror or error}"
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"error: {' '.join(_describe(error, command).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _describe(error: InputError | OSError, command: object) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    where = error.filename or getattr(command, "out", "writing")  # a full disk's names no file
+    return f"{where}: {error.strerror or error}"
 
 
 def _as_interrupt(number: int, frame: types.FrameType | None) -> None:

@@ -1,8 +1,11 @@
 """What each command of the command line does."""
 
+import contextlib
 import hashlib
-import math
+import itertools
+import signal
 import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import jax
@@ -15,9 +18,9 @@ from jvjepa import calibration, cli, plot, registry, video
 from jvjepa.attention import resolve
 from jvjepa.errors import InputError, VideoError
 from jvjepa.gating import Gate
-from jvjepa.live import Result, Session, tubelets
+from jvjepa.live import Result, Session, Tubelet, tubelets
 from jvjepa.recording import Recorder, Thumbnails, check_output, save_npz
-from jvjepa.weights import CONFIG_FILE, WEIGHTS_FILE, Model, parameter_shapes, read_record
+from jvjepa.weights import WEIGHTS_FILE, Model, Source, parameter_shapes, read_record
 
 
 def convert(options: cli.Convert, console: Console) -> int:
@@ -31,7 +34,9 @@ def convert(options: cli.Convert, console: Console) -> int:
         revision=options.revision,
         force=options.force,
     )
-    console.print(report)
+    console.print(f"wrote {report.out}: {report.dtype}, {report.num_bytes / 1e6:,.1f} MB")
+    _print_source(report.source, console)
+    _print_parameters(report.parameters, console)
     return 0
 
 
@@ -49,10 +54,11 @@ def verify(options: cli.Verify, console: Console) -> int:
     from jvjepa.convert import verify
 
     checks = verify(options.model, options.source, revision=options.revision, frames=options.frames)
+    width = max(len(check.name) for check in checks)
     for check in checks:
         verdict = "ok  " if check.ok else "FAIL"
-        numbers = f"max relative error {check.error:.2e}, tolerance {check.tolerance:.0e}"
-        console.print(f"{verdict} {check.name}: {numbers}; {check.detail}")
+        numbers = f"relative error {check.error:.1e}, tolerance {check.tolerance:.0e}"
+        console.print(f"{verdict} {check.name:{width}}  {numbers}; {check.detail}")
     return 0 if all(check.ok for check in checks) else 1
 
 
@@ -67,7 +73,8 @@ def embed(options: cli.Embed, console: Console) -> int:
             options.video, num_frames=count, fps=options.fps, start=options.start, end=options.end
         )
     except VideoError as error:
-        hint = "; --num-frames sets another number" if options.num_frames is None else ""
+        short = options.num_frames is None and f"num_frames = {count}" in str(error)
+        hint = "; --num-frames sets another number" if short else ""
         raise VideoError(f"{error}{hint}") from None
     pixels = video.preprocess(frames, model.config)
     forward = jax.jit(lambda params, clip: model.encoder.apply({"params": params}, clip))
@@ -89,8 +96,20 @@ def stream(options: cli.Stream, console: Console) -> int:
     return 0
 
 
-def stream_video(options: cli.Stream, console: Console) -> float:
-    """Streams and writes the .npz; returns the seconds that the encoder's steps took."""
+def stream_video(options: cli.Stream, console: Console) -> float | None:
+    """Streams and writes the .npz; Ctrl-C ends the stream, and what there is by then is kept.
+
+    Args:
+        options: the command's.
+        console: where to print.
+
+    Returns:
+        Seconds that the encoder's steps took, or None where it was interrupted.
+
+    Raises:
+        InputError: bad input; if the video is damaged, what comes before is written all the same.
+        KeyboardInterrupt: there was nothing to write yet.
+    """
     check_output(options.out, suffix=".npz", force=options.force)
     if options.plot is not None:
         check_output(options.plot, suffix=".png", force=options.force)
@@ -102,34 +121,38 @@ def stream_video(options: cli.Stream, console: Console) -> float:
         reference=options.reference,
     )
     model = jvjepa.load(options.model, dtype=options.dtype, attention=options.attention)
-    incoming = tubelets(options.video, model, fps=options.fps, start=options.start, end=options.end)
-    first = next(incoming, None)  # a video that cannot be read says so before the long compilation
-    if first is None:
-        raise VideoError(f"{options.video} has no whole tubelet of 2 frames in this range")
-    session = _session(options, model, gate, console)
     columns = {
         "embeddings": (np.dtype(np.float32), (model.config.encoder.hidden_size,)),
         "is_new": (np.dtype(np.bool_), ()),
         "surprise": (np.dtype(np.float32), ()),
         "times": (np.dtype(np.float64), ()),
     }
-    with Recorder(options.out, columns) as recorder:
-        progress = _StreamProgress(options, console)
-        try:
-            progress.take(session.step(first), recorder)
-            for tubelet in incoming:
-                progress.take(session.step(tubelet), recorder)
-        except KeyboardInterrupt:
-            console.print("interrupted")
-        except VideoError as error:
-            saved = f"; the {recorder.rows} embeddings before it are in {options.out}"
-            raise VideoError(f"{error}{saved if recorder.rows else ''}") from None
-        finally:
-            incoming.close()
-            if recorder.rows:
-                recorder.save()
-                progress.finish(session)
-    return progress.step_seconds
+    interrupted = False
+    with contextlib.closing(_incoming(options, model)) as incoming:
+        # A video that cannot be read says so before the long compilation.
+        first = next(incoming, None)
+        if first is None:
+            raise VideoError(f"{options.video} has no whole tubelet of 2 frames in this range")
+        session = _session(options, model, gate, console)
+        with Recorder(options.out, columns) as recorder:
+            progress = _StreamProgress(options, console)
+            try:
+                for tubelet in itertools.chain((first,), incoming):
+                    progress.take(session.step(tubelet), recorder)
+            except KeyboardInterrupt:
+                if not recorder.rows:
+                    raise
+                interrupted = True
+            except VideoError as error:
+                saved = f"; the {recorder.rows} embeddings before it are in {options.out}"
+                raise VideoError(f"{error}{saved if recorder.rows else ''}") from None
+            finally:
+                incoming.close()
+                if recorder.rows:
+                    with _uninterrupted():
+                        recorder.save()
+                    progress.finish(session, interrupted)
+    return None if interrupted else progress.step_seconds
 
 
 def calibrate(options: cli.Calibrate, console: Console) -> int:
@@ -138,9 +161,9 @@ def calibrate(options: cli.Calibrate, console: Console) -> int:
         raise InputError(f"target-fidelity = {options.target_fidelity}; it must be in (0, 1]")
     gate = Gate(tau=0.0, max_hold=options.max_hold, settle=options.settle)
     model = jvjepa.load(options.model, dtype=options.dtype, attention=options.attention)
-    clip = list(
-        tubelets(options.video, model, fps=options.fps, start=options.start, end=options.end)
-    )
+    with contextlib.closing(_incoming(options, model)) as incoming:
+        no_frame = np.empty((0, 0, 3), np.uint8)  # of a large video they would fill the memory
+        clip = [tubelet._replace(frame=no_frame) for tubelet in incoming]
     session = _session(options, model, gate, console)
     table = Table("tau", "encoded", "mean cosine", "worst cosine", "seconds", "speed-up")
     rows = []
@@ -181,32 +204,29 @@ def demo(options: cli.Demo, console: Console) -> int:
 
 def info(options: cli.Info, console: Console) -> int:
     """`jvjepa info`."""
+    from jvjepa.convert.conversion import count_parameters
+
     folder = Path(options.model)
-    stored = folder.is_dir()
-    if stored:
+    if folder.is_dir():
         config, source = read_record(folder)
+        model = jvjepa.load(folder)  # checks every tensor
+        dtype = np.dtype(model.encoder.param_dtype).name
+        del model
+        weights = folder / WEIGHTS_FILE
+        console.print(f"{folder}: {dtype}, {weights.stat().st_size / 1e6:,.1f} MB")
+        with open(weights, "rb") as file:
+            console.print(f"weights' sha256: {hashlib.file_digest(file, 'sha256').hexdigest()}")
+        _print_source(source, console)
     elif folder.exists():
         raise InputError(f"{folder} is a file; give the folder that holds it")
     else:
-        release = registry.get(options.model)
-        config, source = release.config, None
+        try:
+            release = registry.get(options.model)
+        except InputError as error:
+            raise InputError(f"{folder} is not a folder, and {error}") from None
+        config = release.config
         console.print(f"{options.model}: released as {release.repo}")
-    shapes = parameter_shapes(config)
     encoder = config.encoder
-    if stored:
-        model = jvjepa.load(folder)  # checks every tensor
-        digest = hashlib.sha256()
-        with open(folder / WEIGHTS_FILE, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-        console.print(f"{folder}: {folder / CONFIG_FILE}, {folder / WEIGHTS_FILE}")
-        console.print(f"sha256 of the weights: {digest.hexdigest()}")
-        console.print(f"dtype: {np.dtype(model.encoder.param_dtype).name}")
-        del model
-    if source is not None:
-        revision = f" at {source.revision}" if source.revision else ""
-        console.print(f"converted from {source.name}{revision} by jvjepa {source.converter}")
-        console.print(f"sha256 of the source's weights: {source.sha256}")
     console.print(
         f"encoder: width {encoder.hidden_size}, {encoder.num_layers} layers, {encoder.num_heads} "
         f"heads of {encoder.head_width}, MLP {encoder.mlp_dim}, {encoder.rope} rope; trained on "
@@ -218,17 +238,41 @@ def info(options: cli.Info, console: Console) -> int:
     tokens = encoder.frames_per_clip // encoder.tubelet_size * encoder.config_grid**2
     backend = resolve("auto", (1, encoder.num_heads, tokens, tokens))
     console.print(f"attention here, {tokens} tokens: {backend} on {jax.default_backend()}")
-    parts: dict[str, int] = {}
-    for name, shape in shapes.items():
-        part = name.split("/")[0]
-        parts[part] = parts.get(part, 0) + math.prod(shape)
-    for part, count in parts.items():
-        console.print(f"{part}: {count:,} parameters")
-    console.print(f"all: {sum(parts.values()):,} parameters")
+    _print_parameters(count_parameters(config), console)
     if options.shapes:
-        for name, shape in shapes.items():
+        for name, shape in parameter_shapes(config).items():
             console.print(f"  {name} {list(shape)}")
     return 0
+
+
+def _print_source(source: Source | None, console: Console) -> None:
+    if source is None:
+        console.print("made here, not converted")
+        return
+    revision = f" at {source.revision}" if source.revision else ""
+    console.print(f"converted from {source.name}{revision} by jvjepa {source.converter}")
+    console.print(f"source's sha256: {source.sha256}")
+
+
+def _print_parameters(counts: dict[str, int], console: Console) -> None:
+    for part, count in {**counts, "all": sum(counts.values())}.items():
+        console.print(f"{part + ':':11} {count:13,} parameters")
+
+
+def _incoming(options: cli.Stream | cli.Calibrate, model: Model) -> Generator[Tubelet, None, None]:
+    return tubelets(options.video, model, fps=options.fps, start=options.start, end=options.end)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets a second Ctrl-C not lose what the first one wants to keep."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _session(options: cli.Streaming, model: Model, gate: Gate, console: Console) -> Session:
@@ -255,7 +299,6 @@ class _StreamProgress:
         self.begin = self.printed = time.perf_counter()
         self.encoded_ms: list[float] = []
         self.skipped_ms: list[float] = []
-        self.rows: list[tuple[float, float, bool]] = []  # only for the plot
         self.thumbnails = Thumbnails()
         self.last: Result | None = None
         self.count = self.not_finite = 0
@@ -263,6 +306,8 @@ class _StreamProgress:
 
     def take(self, result: Result, recorder: Recorder) -> None:
         tubelet, self.last = result.tubelet, result
+        if self.options.plot is not None:
+            self.thumbnails.add(tubelet.time, tubelet.frame)
         row = {"is_new": result.is_new, "surprise": result.surprise, "times": tubelet.time}
         recorder.append({"embeddings": result.embedding, **row})
         self.count += 1
@@ -271,9 +316,6 @@ class _StreamProgress:
         times = self.encoded_ms if result.is_new else self.skipped_ms
         times.append(1e3 * result.seconds)
         del times[:-1000]  # the newest thousand say what the machine does now
-        if self.options.plot is not None:
-            self.rows.append((tubelet.time, result.surprise, result.is_new))
-            self.thumbnails.add(tubelet.time, tubelet.frame)
         now = time.perf_counter()
         if now - self.printed >= (0.1 if self.console.is_terminal else 2.0):
             self.printed = now
@@ -289,7 +331,11 @@ class _StreamProgress:
             f"{1e3 * result.seconds:7.1f} ms  {rate:6.1f} frames/s{dropped}"
         )
 
-    def finish(self, session: Session) -> None:
+    def finish(self, session: Session, interrupted: bool) -> None:
+        if self.console.is_terminal:
+            self.console.print()  # leaves the live line as it was
+        if interrupted:
+            self.console.print("interrupted")
         statistics = session.statistics()
         seconds = time.perf_counter() - self.begin
         seen, encoded = int(statistics.seen[0]), int(statistics.encoded[0])
@@ -310,9 +356,8 @@ class _StreamProgress:
             self.console.print(f"{self.last.tubelet.dropped} tubelets dropped: the source is live")
         self.console.print(f"wrote {self.options.out}")
         if self.options.plot is not None:
-            times, surprise, is_new = (
-                np.asarray(column) for column in zip(*self.rows, strict=True)
-            )
-            frames = self.thumbnails.kept
-            plot.timeline(self.options.plot, times, surprise, is_new, session.gate.tau, frames)
+            with np.load(self.options.out) as saved:
+                columns = (saved[name] for name in ("times", "surprise", "is_new"))
+                frames = self.thumbnails.kept
+                plot.timeline(self.options.plot, *columns, session.gate.tau, frames)
             self.console.print(f"wrote {self.options.plot}")

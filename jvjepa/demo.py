@@ -53,16 +53,15 @@ def demo(folder: Path, console: Console) -> int:
     console.rule(f"jvjepa stream --settle {cli.Stream.window - 1}")
     gated, ungated, picture = (folder / n for n in ("gated.npz", "ungated.npz", "timeline.png"))
     stream = {"model": model, "video": str(clip), "settle": cli.Stream.window - 1}
-    seconds = commands.stream_video(cli.Stream(**stream, out=gated, plot=picture), console)
+    seconds = _stream(cli.Stream(**stream, out=gated, plot=picture), console)
     console.rule("jvjepa stream --tau 0 (everything encoded)")
-    all_seconds = commands.stream_video(cli.Stream(**stream, out=ungated, tau=0.0), console)
+    all_seconds = _stream(cli.Stream(**stream, out=ungated, tau=0.0), console)
     _compare(gated, ungated, console)
     console.print(f"speed-up of all steps together: {all_seconds / seconds:.2f} x")
     console.print(
         f"timeline: {picture}\n\nWith a real checkpoint and a video of yours:\n"
         "  jvjepa convert vjepa2-vitl-fpc64-256 models/vitl\n"
-        "  jvjepa stream models/vitl VIDEO --out embeddings.npz --plot timeline.png",
-        markup=False,
+        "  jvjepa stream models/vitl VIDEO --out embeddings.npz --plot timeline.png"
     )
     return 0
 
@@ -88,6 +87,13 @@ def save_clip(path: Path, *, seed: int = 0) -> None:
             frame = np.clip(picture + noise, 0, 255).astype(np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
+
+
+def _stream(options: cli.Stream, console: Console) -> float:
+    seconds = commands.stream_video(options, console)
+    if seconds is None:
+        raise KeyboardInterrupt  # what was saved is only a part; there is nothing to compare
+    return seconds
 
 
 def _scene(seconds: float, rooms: list[NDArray[np.float64]]) -> NDArray[np.float64]:

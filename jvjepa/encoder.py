@@ -200,15 +200,19 @@ def check_video(video: Array, config: EncoderConfig) -> None:
             "as jvjepa.video.preprocess returns it"
         )
     frames, patch = config.tubelet_size, config.patch_size
-    if shape[1] == 0 or (shape[1] != 1 and shape[1] % frames):
-        near = f"{shape[1] // frames * frames or 1} or {shape[1] // frames * frames + frames}"
-        raise InputError(
-            f"video has T = {shape[1]} frames; take {near} (1 or a multiple of {frames})"
-        )
+    if shape[1] != 1 and (shape[1] == 0 or shape[1] % frames):
+        near = _near(shape[1], frames)
+        raise InputError(f"video has T = {shape[1]} frames; take 1, or a multiple of {frames}: {near}")
     for name, size in zip("HW", shape[2:4], strict=True):
         if size == 0 or size % patch:
-            near = f"{size // patch * patch or patch} or {size // patch * patch + patch}"
-            raise InputError(f"video has {name} = {size}; take {near} (a multiple of {patch})")
+            near = _near(size, patch)
+            raise InputError(f"video has {name} = {size}; take a multiple of {patch}: {near}")
+
+
+def _near(size: int, unit: int) -> str:
+    """The multiples of `unit` around `size`, 0 left out."""
+    below = size // unit * unit
+    return " or ".join(str(x) for x in (below, below + unit) if x > 0)
 
 
 def check_ids(ids: Array, batch: int, num_tokens: int) -> None:

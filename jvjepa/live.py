@@ -1,10 +1,10 @@
 """From a video source to a sequence of embeddings: read, preprocess, gate, encode."""
 
 import contextlib
-import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jvjepa.streaming import Pool, Positions
 from jvjepa.weights import Model
 
 _AHEAD = 4  # tubelets that wait, ready, between the reader's thread and the encoder
+_PATIENCE = 1.0  # seconds for the reader to stop; one that waits for a camera stops when it answers
 
 
 class Tubelet(NamedTuple):
@@ -27,7 +28,7 @@ class Tubelet(NamedTuple):
         pixels: float32 [2, crop, crop, 3], preprocessed.
         frame: uint8 [H, W, 3], its newest frame as it came.
         time: seconds of its newest frame.
-        dropped: tubelets that a live source had to drop so far, because the encoder was slower.
+        dropped: how many before it a live source had to drop, because the encoder was slower.
     """
 
     pixels: NDArray[np.float32]
@@ -88,7 +89,7 @@ class Session:
 
     def restart(self, gate: Gate) -> None:
         """Forgets everything and goes on with another gate; compiles nothing."""
-        self.gate = gate
+        self.gate, self.seen, self.encoded = gate, 0, 0
         self.state = gating.init_state(self.model.encoder, 1, self.window)
 
     def step(self, tubelet: Tubelet) -> Result:
@@ -96,19 +97,27 @@ class Session:
         begin = time.perf_counter()
         out = self._step(tubelet.pixels)
         seconds = time.perf_counter() - begin
+        is_new = bool(out.is_new[0])
+        self.seen, self.encoded = self.seen + 1, self.encoded + is_new
         return Result(
             tubelet=tubelet,
             embedding=out.embedding[0],
-            is_new=bool(out.is_new[0]),
+            is_new=is_new,
             surprise=float(out.surprise[0]),
             finite=bool(out.finite[0]),
             seconds=seconds,
         )
 
     def statistics(self) -> gating.Statistics:
-        """What the gate has done since the last restart."""
-        config = self.model.config.encoder
-        return gating.statistics(self.state.gate, config, window=self.window)
+        """What the gate has done since the last restart, also after a step was interrupted."""
+        # An interrupted step has donated the state and given none back: its counters are gone.
+        gate = self.state.gate._replace(
+            seen=np.array([self.seen]),
+            encoded=np.array([self.encoded]),
+            steps=self.seen,
+            runs=self.encoded,
+        )
+        return gating.statistics(gate, self.model.config.encoder, window=self.window)
 
     def _step(self, pixels: NDArray[np.float32]) -> gating.GatedOutput:
         how = {"positions": self.positions, "pool": self.pool}
@@ -130,11 +139,12 @@ def tubelets(
     fps: float | None = None,
     start: float = 0.0,
     end: float | None = None,
-) -> Iterator[Tubelet]:
+) -> Generator[Tubelet, None, None]:
     """Reads and preprocesses tubelets in a thread of its own, a few ahead of the caller.
 
     Of a file every tubelet comes. A live source does not wait: where the caller is slower, the
-    oldest tubelet that waits is dropped, and counted.
+    oldest tubelet that waits is dropped, and counted. The thread starts with the first tubelet that
+    is asked for, and stops when the generator is closed.
 
     Args:
         source: a file, a URL, or "camera:0"; see `jvjepa.video.stream`.
@@ -151,42 +161,92 @@ def tubelets(
     """
     place = locate(source, video.Reconnect().timeout)
     live = is_live(place) if place.live is None else place.live
-    frames = video.stream(source, fps=fps, start=start, end=end)
-    ready: queue.Queue[Tubelet | BaseException | None] = queue.Queue(_AHEAD)
-    stop = threading.Event()
-
-    def put(item: Tubelet | BaseException | None) -> int:
-        """Hands an item over; returns how many older ones had to go."""
-        dropped = 0
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.0 if live else 0.1)
-                break
-            if live:
-                with contextlib.suppress(queue.Empty):
-                    dropped += ready.get_nowait() is not None
-        return dropped
+    belt = _Belt(drops=live)
+    again = video.Reconnect(sleep=belt.sleep)
+    frames = video.stream(source, fps=fps, start=start, end=end, reconnect=again)
 
     def work() -> None:
-        dropped = 0
-        size = model.config.encoder.tubelet_size
         try:
-            with contextlib.closing(video.tubelets(frames, size)) as groups:
-                for group, seconds in groups:
+            with contextlib.closing(frames):
+                for group, seconds in video.tubelets(frames, model.config.encoder.tubelet_size):
                     pixels = video.preprocess(group, model.config)
-                    dropped += put(Tubelet(pixels, group[-1], seconds, dropped))
-                    if stop.is_set():
-                        return
-            put(None)
+                    belt.put(Tubelet(pixels, group[-1], seconds, dropped=0))
+            belt.end(None)
+        except _ClosedError:
+            pass
         except BaseException as error:  # handed to the caller's thread, which raises it
-            put(error)
+            belt.end(error)
 
     thread = threading.Thread(target=work, name="jvjepa-reader", daemon=True)
     thread.start()
+    taken = 0
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        while (found := belt.take()) is not None:
+            number, tubelet = found
+            yield tubelet._replace(dropped=number - taken)
+            taken += 1
     finally:
-        stop.set()
+        belt.close()
+        thread.join(_PATIENCE)
+
+
+class _ClosedError(Exception):
+    """Tells the reader's thread that nobody takes its tubelets any more."""
+
+
+class _Belt:
+    """Carries tubelets, numbered, from the reader's thread to the caller's.
+
+    The end is not one of the things on it: it waits for nothing, and pushes nothing off.
+    """
+
+    def __init__(self, *, drops: bool) -> None:
+        """Begins empty; one that `drops` pushes off the oldest where others let the reader wait."""
+        self.drops = drops
+        self.changed = threading.Condition()
+        self.waiting: deque[tuple[int, Tubelet]] = deque()
+        self.count = 0
+        self.closed = self.ended = False
+        self.error: BaseException | None = None
+
+    def put(self, tubelet: Tubelet) -> None:
+        """Lays a tubelet down; raises _ClosedError if nobody will take it."""
+        with self.changed:
+            if self.drops and len(self.waiting) == _AHEAD:
+                self.waiting.popleft()
+            self.changed.wait_for(lambda: self.closed or len(self.waiting) < _AHEAD)
+            if self.closed:
+                raise _ClosedError
+            self.waiting.append((self.count, tubelet))
+            self.count += 1
+            self.changed.notify_all()
+
+    def end(self, error: BaseException | None) -> None:
+        """Says that no more will come, and why."""
+        with self.changed:
+            self.ended, self.error = True, error
+            self.changed.notify_all()
+
+    def take(self) -> tuple[int, Tubelet] | None:
+        """Waits for the next tubelet and its number; None at the end, or the reader's error."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting or self.ended)
+            if self.waiting:
+                self.changed.notify_all()
+                return self.waiting.popleft()
+        if self.error is not None:
+            raise self.error
+        return None
+
+    def close(self) -> None:
+        """Tells the reader to stop."""
+        with self.changed:
+            self.closed = True
+            self.waiting.clear()
+            self.changed.notify_all()
+
+    def sleep(self, seconds: float) -> None:
+        """What the reader does between two connections; raises _ClosedError as `put` does."""
+        with self.changed:
+            if self.changed.wait_for(lambda: self.closed, seconds):
+                raise _ClosedError

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jvjepa.errors import InputError
+from jvjepa.recording import named
 from jvjepa.storage import new_file
 
 _FRAMES = 10  # pictures in the row above
@@ -67,6 +68,6 @@ def timeline(
         yscale="log", ylim=(bottom, 1.3 * top), xlabel="seconds", ylabel="surprise (1 - cosine)"
     )
     axes.margins(x=0.01)
-    axes.legend(loc="upper right", fontsize=8)
-    with new_file(path) as work:
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize=8, frameon=False)
+    with named(path), new_file(path) as work:
         figure.savefig(work, format="png")

@@ -1,17 +1,17 @@
 """Results of an endless stream, kept on disk as they come, and packed into one .npz at the end."""
 
-import os
-import shutil
+import contextlib
+import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 
 from jvjepa.errors import InputError
 from jvjepa.storage import new_file
+
+_BLOCK = 1024  # rows that are copied at a time
 
 
 def check_output(path: Path, *, suffix: str, force: bool) -> None:
@@ -23,12 +23,14 @@ def check_output(path: Path, *, suffix: str, force: bool) -> None:
         force: whether it may exist.
 
     Raises:
-        InputError: wrong ending, no such folder, or the file exists.
+        InputError: wrong ending, no such folder, the file exists, or it is a folder.
     """
     if path.suffix != suffix:
         raise InputError(f"{path} must end in {suffix}")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path.absolute().parent} is not a folder; make it first")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; choose another name")
     if path.exists() and not force:
         raise InputError(f"{path} exists; choose another name or pass --force to replace it")
 
@@ -36,59 +38,63 @@ def check_output(path: Path, *, suffix: str, force: bool) -> None:
 class Recorder:
     """Appends rows of several columns; memory does not grow with their number.
 
-    Each column is a raw file beside the output until `save` packs them into the .npz, which appears
-    whole or not at all. A process that is killed leaves the raw files (`.NAME.COLUMN.part`).
+    The rows are in a file without a name, in the output's folder, until `save` packs them into the
+    .npz, which appears whole or not at all. So nothing else is left behind, whatever happens.
 
     Args:
         path: the .npz to make.
         columns: dtype and shape of one row of each column.
     """
 
-    def __init__(self, path: Path, columns: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
-        """Opens the raw files."""
-        self.path, self.columns, self.rows = path, columns, 0
-        self._files: dict[str, BinaryIO] = {}
+    def __init__(self, path: Path, columns: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
+        """Opens the file of rows."""
+        self.path, self.rows = path, 0
+        self._row = np.dtype([(name, dtype, shape) for name, (dtype, shape) in columns.items()])
+        with named(path):
+            self._file = tempfile.TemporaryFile(dir=path.absolute().parent)
 
     def __enter__(self) -> "Recorder":
-        for name in self.columns:
-            self._files[name] = open(self._part(name), "wb")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for name, file in self._files.items():
-            file.close()
-            self._part(name).unlink(missing_ok=True)
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # a full disk: whoever wanted the rows was told
+            self._file.close()
 
     def append(self, row: Mapping[str, object]) -> None:
         """Adds one row: a value for every column."""
-        for name, (dtype, shape) in self.columns.items():
-            self._files[name].write(np.asarray(row[name], dtype).reshape(shape).tobytes())
+        record = np.zeros((), self._row)
+        for name in self._row.names:
+            record[name] = np.asarray(row[name]).reshape(self._row[name].shape)
+        with named(self.path):
+            self._file.write(record.tobytes())
         self.rows += 1
 
     def save(self) -> None:
         """Writes the .npz with all rows so far."""
-        with new_file(self.path) as work, zipfile.ZipFile(work, "w", allowZip64=True) as archive:
-            for name, (dtype, shape) in self.columns.items():
-                self._files[name].flush()
+        with (
+            named(self.path),
+            new_file(self.path) as work,
+            zipfile.ZipFile(work, "w", allowZip64=True) as archive,
+        ):
+            for name in self._row.names:
+                column = self._row[name]
                 header = {
-                    "descr": np.lib.format.dtype_to_descr(dtype),
+                    "descr": np.lib.format.dtype_to_descr(column.base),
                     "fortran_order": False,
-                    "shape": (self.rows, *shape),
+                    "shape": (self.rows, *column.shape),
                 }
-                with (
-                    archive.open(f"{name}.npy", "w", force_zip64=True) as entry,
-                    open(self._part(name), "rb") as raw,
-                ):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                     np.lib.format.write_array_header_1_0(entry, header)
-                    shutil.copyfileobj(raw, entry, 1 << 20)
+                    for block in self._blocks():
+                        entry.write(block[name].tobytes())
 
-    def _part(self, name: str) -> Path:
-        return self.path.with_name(f".{self.path.stem}.{os.getpid()}.{name}.part")
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """All rows, a number of them at a time; what an interrupted `append` left is no row."""
+        self._file.seek(0)
+        for done in range(0, self.rows, _BLOCK):
+            count = min(_BLOCK, self.rows - done)
+            yield np.frombuffer(self._file.read(count * self._row.itemsize), self._row)
+        self._file.seek(self.rows * self._row.itemsize)
 
 
 class Thumbnails:
@@ -118,5 +124,16 @@ class Thumbnails:
 
 def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an .npz that appears whole or not at all."""
-    with new_file(path) as work:
+    with named(path), new_file(path) as work:
         np.savez(work, **arrays)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Lets an OSError name the output: a full disk's names nothing, others a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from None

@@ -31,7 +31,7 @@ def test_impossible_encoders_are_refused(change: dict, message: str) -> None:
 
 
 def test_impossible_parts_are_refused() -> None:
-    with pytest.raises(ConfigError, match="PredictorConfig.num_mask_tokens = 0"):
+    with pytest.raises(ConfigError, match=r"PredictorConfig.num_mask_tokens = 0"):
         PredictorConfig(num_mask_tokens=0)
     with pytest.raises(ConfigError, match="labels = "):
         ClassifierConfig(labels=(), num_heads=2)

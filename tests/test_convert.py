@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from hfcheckpoints import HFModel, save_checkpoint, tiny_config
-from jvjepa.convert import convert
 from safetensors.numpy import load_file, save_file
 
 import jvjepa
+from jvjepa.convert import convert
 from jvjepa.errors import CheckpointError, ConfigError, InputError
 
 LABELS = 11  # so that the order of numbers is not the order of letters
@@ -96,6 +96,11 @@ def test_weights_arrive_where_they_belong(made: tuple[Path, HFModel], out: Path)
     assert set(report.parameters) == {"encoder", "predictor", "pooler", "classifier"}
     assert report.num_bytes == (out / "model.safetensors").stat().st_size
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
+    first, *parts, last = str(report).splitlines()
+    assert first.startswith(f"{out}: 252,")
+    assert first.endswith(" parameters, float32, 1.0 MB")
+    assert parts[1] == "  predictor: 24,592 parameters"
+    assert last == f"  from {folder}, sha256 {report.source.sha256}"
 
 
 def test_the_patch_kernel_is_the_convolution(made: tuple[Path, HFModel], out: Path) -> None:

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hfcheckpoints import HFModel, save_checkpoint, tiny_config
-from jvjepa.convert import convert, export_hf, from_hf_config, to_hf_config
-from jvjepa.convert.huggingface import DEFAULTS, TABLE, entries
 from models import relative_error
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -22,6 +20,8 @@ from transformers import (
 
 import jvjepa
 from jvjepa import ClassifierConfig, EncoderConfig, ModelConfig, PredictorConfig
+from jvjepa.convert import convert, export_hf, from_hf_config, to_hf_config
+from jvjepa.convert.huggingface import DEFAULTS, TABLE, entries
 from jvjepa.errors import CheckpointError, ConfigError, InputError
 from jvjepa.registry import RELEASES
 from jvjepa.weights import parameter_shapes

@@ -8,9 +8,9 @@ from threading import Thread
 
 import pytest
 from hfcheckpoints import save_checkpoint, tiny_config
+
 from jvjepa.convert import convert
 from jvjepa.convert.hub import resolve
-
 from jvjepa.errors import InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

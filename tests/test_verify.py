@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from hfcheckpoints import random_model, save_checkpoint, tiny_config
-from jvjepa.convert import PartCheck, convert, verify
-from jvjepa.convert.oracle import Oracle
-from jvjepa.convert.verification import TOLERANCE, relative_error
 from safetensors.numpy import load_file, save_file
 from transformers import VJEPA2Config
 
+from jvjepa.convert import PartCheck, convert, verify
+from jvjepa.convert.oracle import Oracle
+from jvjepa.convert.verification import TOLERANCE, relative_error
 from jvjepa.errors import CheckpointError, ConfigError, InputError
 
 OUTPUTS = ["encoder", "encoder, one frame", "encoder, another grid", "encoder, masked"]

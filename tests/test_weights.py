@@ -115,11 +115,11 @@ def test_damaged_weights_are_refused(tmp_path: Path, change: str, message: str) 
 
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="config.json does not exist"):
+    with pytest.raises(CheckpointError, match=r"config.json does not exist"):
         jvjepa.load(tmp_path / "absent")
     config = tmp_path / "config.json"
     config.write_text("{")
-    with pytest.raises(CheckpointError, match="config.json is not JSON"):
+    with pytest.raises(CheckpointError, match=r"config.json is not JSON"):
         jvjepa.load(tmp_path)
     config.write_text(json.dumps({"model_type": "vjepa2"}))
     with pytest.raises(CheckpointError, match="convert it first: jvjepa convert"):
