@@ -15,7 +15,7 @@ from jvjepa.typing import Array
 
 Backend = Literal["auto", "xla", "chunked", "cudnn"]
 
-_QUERY_BLOCK = 256
+_QUERY_BLOCK = 512
 _MAX_SCORE_BYTES = 1 << 30  # the largest float32 [B, H, N, M] that `auto` lets XLA make
 
 

@@ -216,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's.
 
     Returns:
-        The exit code: 0 done, 1 parity not met, 2 bad input, 130 interrupted before there was anything to keep.
+        The exit code: 0 done, 1 parity not met, 2 bad input, 130 interrupted
+        before there was anything to keep.
     """
     command = tyro.cli(_Command, prog="jvjepa", args=arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -35,7 +35,9 @@ class LayerOutputs(NamedTuple):
 class Encoder(nn.Module):
     """Turns video into tokens.
 
-    The blocks' parameters are stacked, `[L, ...]`.
+    Its parameters hold either all blocks stacked, `{"blocks": [L, ...]}`, or each of its own,
+    `{"blocks_0": ..., "blocks_1": ...}`; `stack_layers` and `unstack_layers` of `jvjepa.weights`
+    convert.
 
     Args:
         config: the architecture.
@@ -43,8 +45,9 @@ class Encoder(nn.Module):
             tables are float32 in any case.
         param_dtype: of the parameters.
         attention: the attention backend, see `jvjepa.attention.resolve`.
-        scan: run the blocks as one loop (compiles once for all layers); False unrolls the same
-            parameters.
+        scan: run stacked blocks as one loop, which compiles once for all layers. False runs blocks
+            of their own one after the other, which compiles longer and on a CPU runs faster: a
+            loop there copies the weights of each layer out of the stack.
     """
 
     config: EncoderConfig
@@ -56,20 +59,12 @@ class Encoder(nn.Module):
     def setup(self) -> None:
         """Declares the parts."""
         check_backend(self.attention)
-        per_token = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-        scanned = {
-            **per_token,
-            "length": self.config.num_layers,
-            "unroll": 1 if self.scan else self.config.num_layers,
-        }
-        over_tokens = {**scanned, "in_axes": nn.broadcast}
-        over_layers = {**scanned, "in_axes": (0, nn.broadcast)}
-        blocks = nn.scan(
-            Block,
-            methods={"__call__": over_tokens, "keep": over_tokens, "stream": over_layers},
-        )
+        part = (self.config, self.dtype, self.param_dtype, self.attention)
+        if self.scan:
+            self.blocks = _scanned(Block, self.config.num_layers)(*part)
+        else:
+            self.blocks = [Block(*part) for _ in range(self.config.num_layers)]
         self.patch_embed = Dense(self.config.hidden_size, self.dtype, self.param_dtype)
-        self.blocks = blocks(self.config, self.dtype, self.param_dtype, self.attention)
         self.norm = LayerNorm(self.config.layer_norm_eps, self.dtype, self.param_dtype)
 
     def __call__(
@@ -93,7 +88,11 @@ class Encoder(nn.Module):
             InputError: the shape or dtype of an argument cannot be right.
         """
         x, tables, mask = self._prepare(video, keep, window)
-        x, _ = self.blocks(x, tables, mask)
+        if self.scan:
+            x, _ = self.blocks(x, tables, mask)
+        else:
+            for block in self.blocks:
+                x, _ = block(x, tables, mask)
         return self.norm(x)
 
     def layers(
@@ -110,8 +109,13 @@ class Encoder(nn.Module):
             Tokens and layers; `layers[-1]` is not normed, as in Hugging Face's `hidden_states`.
         """
         x, tables, mask = self._prepare(video, keep, window)
-        last, outputs = self.blocks.keep(x, tables, mask)
-        return LayerOutputs(self.norm(last), jnp.concatenate([x[None], outputs]))
+        if self.scan:
+            last, outputs = self.blocks.keep(x, tables, mask)
+            return LayerOutputs(self.norm(last), jnp.concatenate([x[None], outputs]))
+        outputs = [x]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1], tables, mask)[0])
+        return LayerOutputs(self.norm(outputs[-1]), jnp.stack(outputs))
 
     def embed_patches(self, video: Array) -> Array:
         """Cuts a clip into patches and embeds each: [B, T, H, W, 3] to [B, N, D].
@@ -138,8 +142,14 @@ class Encoder(nn.Module):
         Returns:
             tokens [B, S, D] after the final norm, and the cache with the tubelet in it.
         """
+        carry = (x, cache)
         layers = jnp.arange(self.config.num_layers)
-        (x, cache), _ = self.blocks.stream((x, cache), layers, plan)
+        if self.scan:
+            carry, _ = self.blocks.stream(carry, layers, plan)
+        else:
+            for layer, block in enumerate(self.blocks):
+                carry, _ = block.stream(carry, layers[layer], plan)
+        x, cache = carry
         return self.norm(x), cache
 
     def _prepare(
@@ -156,6 +166,19 @@ class Encoder(nn.Module):
         tables = rope.tables(places, self.config.head_width, self.config.rope)
         mask = None if window is None else banded_causal_mask(ids // (rows * columns), window)
         return x, RopeTables(*tables), mask
+
+
+def _scanned(block: type[Block], length: int) -> type[Block]:
+    """The block as a loop over stacked parameters, in all its forms."""
+    stacked = {
+        "variable_axes": {"params": 0},
+        "split_rngs": {"params": True},
+        "length": length,
+    }
+    over_tokens = {**stacked, "in_axes": nn.broadcast}
+    over_layers = {**stacked, "in_axes": (0, nn.broadcast)}
+    methods = {"__call__": over_tokens, "keep": over_tokens, "stream": over_layers}
+    return nn.scan(block, methods=methods)
 
 
 def banded_causal_mask(tubelets: Array, window: int) -> Array:
@@ -202,7 +225,9 @@ def check_video(video: Array, config: EncoderConfig) -> None:
     frames, patch = config.tubelet_size, config.patch_size
     if shape[1] != 1 and (shape[1] == 0 or shape[1] % frames):
         near = _near(shape[1], frames)
-        raise InputError(f"video has T = {shape[1]} frames; take 1, or a multiple of {frames}: {near}")
+        raise InputError(
+            f"video has T = {shape[1]} frames; take 1, or a multiple of {frames}: {near}"
+        )
     for name, size in zip("HW", shape[2:4], strict=True):
         if size == 0 or size % patch:
             near = _near(size, patch)

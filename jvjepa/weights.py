@@ -135,15 +135,36 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return flatten_dict(parts, sep="/")
 
 
-def stack_layers(layers: list[Params]) -> Params:
-    """Stacks the parameters of L blocks, one tree each, into one tree of [L, ...] arrays."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+def stack_layers(params: Params) -> Params:
+    """Stacks the blocks of an encoder's parameters, for `Encoder(scan=True)`.
+
+    Args:
+        params: with "blocks_0", "blocks_1", ...
+
+    Returns:
+        With "blocks", whose arrays are [L, ...].
+    """
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("blocks_")}
+    blocks = [params[f"blocks_{i}"] for i in range(len(params) - len(rest))]
+    return {**rest, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
 
 
-def unstack_layers(blocks: Params) -> list[Params]:
-    """Splits a tree of [L, ...] arrays into L trees; the way back from `stack_layers`."""
-    count = jax.tree.leaves(blocks)[0].shape[0]
-    return [jax.tree.map(lambda leaf: leaf[i], blocks) for i in range(count)]  # noqa: B023
+def unstack_layers(params: Params) -> Params:
+    """Gives every block of an encoder its own parameters, for `Encoder(scan=False)`.
+
+    Args:
+        params: with "blocks", whose arrays are [L, ...].
+
+    Returns:
+        With "blocks_0", "blocks_1", ...; numpy arrays are views, JAX's are copies.
+    """
+    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    count = jax.tree.leaves(params["blocks"])[0].shape[0]
+    blocks = {
+        f"blocks_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+        for i in range(count)
+    }
+    return {**rest, **blocks}
 
 
 def check_names(
@@ -221,7 +242,10 @@ def save(folder: str | Path, model: Model, *, force: bool = False) -> None:
     Raises:
         InputError: the folder exists, or the parameters do not fit.
     """
-    flat = flatten_dict(model.params, sep="/")
+    params = dict(model.params)
+    if not model.encoder.scan:
+        params["encoder"] = stack_layers(params["encoder"])
+    flat = flatten_dict(params, sep="/")
     shapes = parameter_shapes(model.config)
     check_names("params", {name: tuple(leaf.shape) for name, leaf in flat.items()}, shapes)
     dtypes = {np.dtype(leaf.dtype) for leaf in flat.values()}
@@ -267,13 +291,20 @@ def read_record(folder: str | Path) -> tuple[ModelConfig, Source | None]:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def load(folder: str | Path, *, dtype: str | None = None, attention: Backend = "auto") -> Model:
+def load(
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    attention: Backend = "auto",
+    scan: bool = True,
+) -> Model:
     """Loads a converted checkpoint; needs neither torch nor a network.
 
     Args:
         folder: what `jvjepa convert` or `save` wrote.
         dtype: of the computation, "float32" or "bfloat16"; None takes that of the stored weights.
         attention: the attention backend, see `jvjepa.attention.resolve`.
+        scan: whether the encoder's blocks are stacked, see `Encoder`; False is faster on a CPU.
 
     Returns:
         The model, its parameters on JAX's default device.
@@ -304,13 +335,16 @@ def load(folder: str | Path, *, dtype: str | None = None, attention: Backend = "
         dtype=param_dtype if dtype is None else DTYPES[dtype],
         param_dtype=param_dtype,
         attention=attention,
+        scan=scan,
     )
-    params = unflatten_dict({tuple(k.split("/")): jnp.asarray(v) for k, v in stored.items()})
+    params = unflatten_dict(stored, sep="/")
+    if not scan:
+        params["encoder"] = unstack_layers(params["encoder"])
     return Model(
         config=config,
         encoder=encoder,
         predictor=None,
         classifier=None,
-        params=params,
+        params=jax.tree.map(jnp.asarray, params),
         source=source,
     )

@@ -9,6 +9,7 @@ from models import random_video, relative_error, tiny_model
 from jvjepa import Encoder, gating, streaming
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.gating import Gate
+from jvjepa.weights import unstack_layers
 
 TOLERANCE = 1e-5
 WINDOW = 3
@@ -231,7 +232,7 @@ def test_statistics_count_what_happened() -> None:
 
 def test_forward_flops_are_what_xla_counts() -> None:
     encoder, params = tiny_model()
-    encoder = Encoder(encoder.config, scan=False, attention="xla")
+    encoder, params = Encoder(encoder.config, scan=False, attention="xla"), unstack_layers(params)
     clip = jnp.asarray(random_video(1, 4, 64, 64))
     compiled = jax.jit(encoder.apply).lower({"params": params}, clip).compile()
     counted = compiled.cost_analysis()["flops"]  # with norms, softmax and rotations

@@ -12,6 +12,7 @@ from reference import ReferenceStream
 
 from jvjepa import Encoder, streaming
 from jvjepa.errors import ConfigError, InputError
+from jvjepa.weights import unstack_layers
 
 TOLERANCE = 1e-5
 WINDOW = 3
@@ -104,6 +105,16 @@ def test_scan_equals_steps(positions: str, pool: str) -> None:
         jax.tree.leaves((scanned, scanned_state)), jax.tree.leaves((stepped, state)), strict=True
     ):
         assert relative_error(a, b) <= TOLERANCE
+
+
+def test_scanned_and_unrolled_layers_agree() -> None:
+    encoder, params = tiny_model()
+    unrolled = Encoder(encoder.config, scan=False)
+    tubelets = random_video(COUNT, 2, 2, 32, 32)
+    _, a = _stream(encoder, params, tubelets)
+    _, b = _stream(unrolled, unstack_layers(params), tubelets)
+    for x, y in zip(a, b, strict=True):
+        assert relative_error(x.tokens, y.tokens) <= TOLERANCE
 
 
 def test_without_the_final_norm_it_is_what_saccadic_caches() -> None:
@@ -227,9 +238,12 @@ def test_the_second_call_of_scan_and_reset_compiles_nothing(
     assert compilations() == compiled
 
 
-def test_cache_is_written_in_place() -> None:
+@pytest.mark.parametrize("scan", [True, False])
+def test_cache_is_written_in_place(scan: bool) -> None:
     # A copy of the cache in every layer or step would show as temporary memory of its size.
     encoder, params = tiny_model(num_layers=4)
+    if not scan:
+        encoder, params = Encoder(encoder.config, scan=False), unstack_layers(params)
     state = streaming.init_state(encoder, 2, 64, height=32, width=32)
     tubelet = jnp.asarray(random_video(2, 2, 32, 32))
     memory = streaming.step.lower(encoder, params, state, tubelet).compile().memory_analysis()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from models import random_video, tiny_config
+from models import random_video, relative_error, tiny_config
 from safetensors.numpy import load_file, save_file
 
 import jvjepa
@@ -130,10 +130,23 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
 
 
 def test_stack_and_unstack_are_inverse() -> None:
-    blocks = _model().params["encoder"]["blocks"]
-    layers = unstack_layers(blocks)
-    assert len(layers) == 3
-    assert layers[1]["mlp"]["fc1"]["kernel"].shape == (48, 144)
+    params = _model().params["encoder"]
+    layers = unstack_layers(params)
+    assert sorted(layers) == ["blocks_0", "blocks_1", "blocks_2", "norm", "patch_embed"]
+    kernel = params["blocks"]["mlp"]["fc1"]["kernel"]
+    assert np.array_equal(layers["blocks_1"]["mlp"]["fc1"]["kernel"], kernel[1])
     again = stack_layers(layers)
-    for a, b in zip(jax.tree.leaves(blocks), jax.tree.leaves(again), strict=True):
+    assert jax.tree.structure(again) == jax.tree.structure(dict(params))
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_a_model_with_unstacked_layers_loads_and_saves(tmp_path: Path) -> None:
+    jvjepa.save(tmp_path / "a", _model())
+    stacked, unstacked = (jvjepa.load(tmp_path / "a", scan=scan) for scan in (True, False))
+    video = random_video(1, 4, 32, 48)
+    a, b = (m.encoder.apply({"params": m.params["encoder"]}, video) for m in (stacked, unstacked))
+    assert relative_error(a, b) <= 1e-6
+    jvjepa.save(tmp_path / "b", unstacked)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
