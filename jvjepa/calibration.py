@@ -11,6 +11,7 @@ from jvjepa.gating import Gate
 from jvjepa.live import Session, Tubelet
 
 Criterion = Literal["worst", "mean"]
+_ROUNDING = 1e-12  # surprises below this come from float32, and not from the video
 
 
 class Row(NamedTuple):
@@ -107,7 +108,7 @@ def _candidates(session: Session, tubelets: Sequence[Tubelet], count: int) -> li
     session.restart(Gate(tau=2.0, max_hold=len(tubelets), reference="previous"))
     from_last = [session.step(tubelet).surprise for tubelet in tubelets][1:]
     known = np.asarray(from_first + from_last)
-    known = known[np.isfinite(known) & (known > 0)]
+    known = known[np.isfinite(known) & (known > _ROUNDING)]
     if known.size == 0:
         raise InputError(
             "calibration needs video in which something differs; all tubelets are equal"

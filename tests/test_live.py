@@ -74,6 +74,12 @@ def numbers(found: list[Tubelet]) -> list[int]:
     return [int(tubelet.time) // 2 for tubelet in found]
 
 
+def collect(incoming: Iterator[Tubelet], found: list[Tubelet]) -> None:
+    """Appends one by one, so that `found` holds what came before an error."""
+    for tubelet in incoming:
+        found.append(tubelet)
+
+
 def test_of_a_file_every_tubelet_comes_in_order(model: jvjepa.Model, clip: Path) -> None:
     found = list(tubelets(str(clip), model))
     frames, times = jvjepa.video.read(clip)
@@ -92,7 +98,7 @@ def test_the_range_and_the_rate_are_passed_on(model: jvjepa.Model, clip: Path) -
     found = [t.time for t in tubelets(str(clip), model, fps=5, start=1.0, end=2.5)]
     expected = [t for _, t in jvjepa.video.stream(clip, fps=5, start=1.0, end=2.5)]
     assert found == expected[1::2]
-    assert len(found) == 3
+    assert len(found) == 4
 
 
 def test_a_slow_caller_loses_nothing_of_a_file(
@@ -188,14 +194,9 @@ def test_errors_come_with_their_type_after_the_tubelets_before_them(
         raise CameraError("the camera fell down")
 
     fake(source, is_live=is_live)
-    found = []
-
-    def collect() -> None:
-        found.extend(iter(tubelets("http://camera/", model)))
-
+    found: list[Tubelet] = []
     with pytest.raises(CameraError, match="fell down"):
-        for tubelet in tubelets("http://camera/", model):
-            found.append(tubelet)
+        collect(tubelets("http://camera/", model), found)
     assert numbers(found) == list(range(count))
 
 
@@ -235,10 +236,9 @@ def test_damage_keeps_its_type_and_the_tubelets_before(
     model: jvjepa.Model, clip: Path, tmp_path: Path
 ) -> None:
     damaged = cut_short(clip, tmp_path / "cut.mp4", 0.7)
-    found = []
+    found: list[Tubelet] = []
     with pytest.raises(UnexpectedError, match=r"cut\.mp4: .* at \d"):
-        for tubelet in tubelets(str(damaged), model):
-            found.append(tubelet)
+        collect(tubelets(str(damaged), model), found)
     assert 0 < len(found) < FRAMES // 2
     frames, _ = jvjepa.video.read(clip)
     for i, tubelet in enumerate(found):
@@ -297,23 +297,22 @@ def test_closing_does_not_wait_for_a_camera_that_hangs(
 
 
 def test_closing_ends_the_wait_for_a_lost_source(
-    model: jvjepa.Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: jvjepa.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lost = threading.Event()
+    monkeypatch.setattr(jvjepa.video._log, "warning", lambda *_: lost.set())
     path = write_video(tmp_path / "live.ts", moving_frames(24), 30)
     with serve([path.read_bytes()] * 3 + [b""]) as (address, requests):  # then 503 for ever
         incoming = tubelets(address, model)
         found = [next(incoming) for _ in range(10)]
         assert len({tubelet.time for tubelet in found}) == 10
-        while not any("lost" in record.message for record in caplog.records):
-            pass  # the reader waits for a second now, then for 2, 4, 8...
-        incoming.close()
+        assert lost.wait(60)
+        incoming.close()  # the reader waits for a second now, and would for 2, 4, 8... more
         join_reader()
     assert len(requests) < 6
 
 
-def test_a_live_server_that_ends_and_comes_back(
-    model: jvjepa.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_live_server_that_ends_and_comes_back(model: jvjepa.Model, tmp_path: Path) -> None:
     path = write_video(tmp_path / "live.ts", moving_frames(24), 30)
     with serve([path.read_bytes()]) as (address, _):
         incoming = tubelets(address, model, end=1.2)

@@ -1,0 +1,45 @@
+# `make demo` and `make test` work on a fresh machine: they make the environment first.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test slow lint wheel bench clean
+
+demo: $(READY)
+	$(BIN)/jvjepa demo --out demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# Builds the wheel and imports the installed copy, from a folder without the sources.
+wheel: $(READY)
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python -m pip install --quiet --no-deps --target build/installed dist/*.whl
+	cd build && $(abspath $(BIN))/python -W error -c "import sys; sys.path.insert(0, 'installed'); \
+	import jvjepa, jvjepa.convert, jvjepa.train, jvjepa.export, jvjepa.commands; \
+	assert 'build/installed' in jvjepa.convert.__file__, jvjepa.convert.__file__; \
+	print('installed copy:', jvjepa.__version__, jvjepa.__file__)"
+
+bench: $(READY) .venv-saccadic/bin/python
+	$(BIN)/python benchmarks/cpu.py --saccadic-python .venv-saccadic/bin/python
+
+.venv-saccadic/bin/python:
+	$(PYTHON) benchmarks/peers/make_env.py .venv-saccadic
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .venv-saccadic build dist demo *.egg-info
