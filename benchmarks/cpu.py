@@ -6,7 +6,8 @@
 ViT-L width, 6 layers, 16 frames at 256 px (2,048 tokens), float32, batch 1, random weights, all
 cores. Each competitor is a process of its own and only one of them computes at a time. All get the
 same setting of the C library's allocator, without which torch loses up to half of its time to page
-faults. Prints the median and the range of the rounds, and ratios of medians.
+faults (`--default-allocator` measures without). Prints the median and the range of the rounds, and
+ratios of medians.
 """
 
 import argparse
@@ -26,24 +27,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--saccadic-python", type=Path, help="interpreter that has saccadic")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--default-allocator",
+        action="store_true",
+        help="leave the C library's allocator as it is, which torch pays for",
+    )
     options = parser.parse_args()
     pythons = {"jvjepa": sys.executable, "transformers": sys.executable}
     if options.saccadic_python is None:
         print("saccadic is left out: --saccadic-python names no interpreter", file=sys.stderr)
     else:
         pythons["saccadic"] = options.saccadic_python
+    environment = {} if options.default_allocator else KEEP_FREED_MEMORY
     with contextlib.ExitStack() as stack:
         workers = {
-            name: stack.enter_context(
-                Worker(python, PEERS / f"{name}_worker.py", KEEP_FREED_MEMORY)
-            )
+            name: stack.enter_context(Worker(python, PEERS / f"{name}_worker.py", environment))
             for name, python in pythons.items()
         }
         facts = {name: worker.setup(Workload()) for name, worker in workers.items()}
         subjects = [
             (name, what)
             for name, whats in {
-                "jvjepa": ("clip", "step", "gated_encode", "gated_skip", "matmul"),
+                "jvjepa": ("clip", "step", "step_unrolled", "gated_encode", "gated_skip", "matmul"),
                 "transformers": ("clip_sdpa", "clip_eager", "matmul"),
                 "saccadic": ("step", "step_no_lora", "embed"),
             }.items()

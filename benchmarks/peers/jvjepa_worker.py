@@ -9,6 +9,7 @@ from protocol import Message, Workload, serve, time_calls, versions, workload_of
 
 from jvjepa import Encoder, EncoderConfig, gating, streaming
 from jvjepa.gating import Gate
+from jvjepa.weights import unstack_layers
 
 ENCODE, SKIP = Gate(tau=0.0), Gate(tau=2.0, max_hold=1_000_000)
 
@@ -27,7 +28,8 @@ class JvjepaWorker:
             `matmul`, and the seconds that compiling took.
         """
         workload = workload_of(message)
-        self.encoder = Encoder(_config(workload), scan=False)
+        self.encoder = Encoder(_config(workload))
+        self.unrolled = Encoder(_config(workload), scan=False)
         side = workload.resolution
         rng = np.random.default_rng(0)
         shape = (1, workload.frames, side, side, 3)
@@ -38,13 +40,16 @@ class JvjepaWorker:
             (jnp.asarray(rng.normal(size=(m, k)), jnp.float32), jnp.ones((k, n), jnp.float32))
             for m, k, n in workload.layer_matmuls()
         ]
+        self.layers = unstack_layers(self.params)
         self.forward = jax.jit(lambda params, clip: self.encoder.apply({"params": params}, clip))
         self.product = jax.jit(jnp.matmul)
         self.stream = streaming.init_state(self.encoder, 1, workload.window)
+        self.unrolled_stream = streaming.init_state(self.unrolled, 1, workload.window)
         self.gated = gating.init_state(self.encoder, 1, workload.window)
         compile_seconds = {what: time_calls(run, 1)[0] for what, run in self._subjects().items()}
         for _ in range(workload.window):
             self._step()
+            self._unrolled_step()
             self._gated(ENCODE)
         tokens = workload.tokens // workload.window
         config = self.encoder.config
@@ -73,6 +78,7 @@ class JvjepaWorker:
         return {
             "clip": lambda: self.forward(self.params, self.clip).block_until_ready(),
             "step": self._step,
+            "step_unrolled": self._unrolled_step,
             "gated_encode": lambda: self._gated(ENCODE),
             "gated_skip": lambda: self._gated(SKIP),
             "matmul": self._multiply,
@@ -80,6 +86,12 @@ class JvjepaWorker:
 
     def _step(self) -> None:
         self.stream, out = streaming.step(self.encoder, self.params, self.stream, self.tubelet)
+        out.embedding.block_until_ready()
+
+    def _unrolled_step(self) -> None:
+        self.unrolled_stream, out = streaming.step(
+            self.unrolled, self.layers, self.unrolled_stream, self.tubelet
+        )
         out.embedding.block_until_ready()
 
     def _gated(self, gate: Gate) -> None:
