@@ -181,6 +181,22 @@ def _scanned(block: type[Block], length: int) -> type[Block]:
     return nn.scan(block, methods=methods)
 
 
+def forward_flops(config: EncoderConfig, queries: int, keys: int) -> int:
+    """Counts the floating-point operations of the matrix products, patch embedding included.
+
+    Args:
+        config: the encoder's.
+        queries: tokens that are encoded.
+        keys: tokens that each of them sees.
+
+    Returns:
+        Operations; a multiplication and its addition are two.
+    """
+    width = config.hidden_size
+    layer = 4 * width**2 + 2 * width * config.mlp_dim + 2 * keys * width
+    return 2 * queries * (config.patch_dim * width + config.num_layers * layer)
+
+
 def banded_causal_mask(tubelets: Array, window: int) -> Array:
     """The mask under which a token sees its own tubelet and the window-1 before.
 

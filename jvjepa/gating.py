@@ -25,7 +25,7 @@ import numpy as np
 
 from jvjepa import streaming
 from jvjepa.config import EncoderConfig
-from jvjepa.encoder import Encoder, check_video
+from jvjepa.encoder import Encoder, check_video, forward_flops
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.streaming import Pool, Positions, StepOutput, StreamState
 from jvjepa.typing import Array, Params
@@ -334,22 +334,6 @@ def statistics(state: GateState, config: EncoderConfig, *, window: int | None = 
     steps, runs = int(state.steps), int(state.runs)
     spent = runs * full + (steps - runs) * patches
     return Statistics(seen, encoded, seen - encoded, spent / (steps * full) if steps else math.nan)
-
-
-def forward_flops(config: EncoderConfig, queries: int, keys: int) -> int:
-    """Counts the floating-point operations of the matrix products, patch embedding included.
-
-    Args:
-        config: the encoder's.
-        queries: tokens that are encoded.
-        keys: tokens that each of them sees.
-
-    Returns:
-        Operations; a multiplication and its addition are two.
-    """
-    width = config.hidden_size
-    layer = 4 * width**2 + 2 * width * config.mlp_dim + 2 * keys * width
-    return 2 * queries * (config.patch_dim * width + config.num_layers * layer)
 
 
 _STATIC = ("encoder", "reference", "positions", "pool")

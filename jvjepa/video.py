@@ -103,7 +103,7 @@ def read(
     start: float = 0.0,
     end: float | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Reads a clip of a file.
+    """Reads a clip of a file, or of what a live source shows now.
 
     With neither `num_frames` nor `fps`, every frame. With `num_frames`, that many spread evenly, by
     Hugging Face's rule (frames `arange(n) * total // n` of those in [start, end)). With `fps`, the
@@ -114,8 +114,11 @@ def read(
     Decodes only what is needed: where frames are far apart it jumps to keyframes. The frames are
     the same as if everything had been decoded.
 
+    A live source is read as `stream` reads it, until there are `num_frames` (one after the other:
+    nobody knows yet over what to spread them), or until `end`.
+
     Args:
-        source: a path, or the URL of a file.
+        source: a path, a URL, or "camera:0"; see `stream`.
         num_frames: how many frames, 1 or more.
         fps: frames per second, above 0.
         start: seconds since the first frame, 0 or more.
@@ -132,8 +135,7 @@ def read(
     _check_range(fps, start, end)
     place = locate(source, _DEFAULT_RECONNECT.timeout)
     if place.live or (place.live is None and is_live(place)):
-        raise VideoError(f"{place.name}: is live and has no end; use video.stream")
-
+        return _read_live(source, num_frames, fps, start, end)
     index = index_packets(place)
     if index is not None:
         try:
@@ -211,6 +213,20 @@ def _check_range(fps: float | None, start: float, end: float | None) -> None:
         raise VideoError(f"start = {start}; it must be 0 or more seconds")
     if end is not None and not start < end < math.inf:
         raise VideoError(f"end = {end}; it must be above start = {start} (seconds)")
+
+
+def _read_live(
+    source: Source, num_frames: int | None, fps: float | None, start: float, end: float | None
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    name = locate(source, _DEFAULT_RECONNECT.timeout).name
+    if num_frames is None and end is None:
+        raise VideoError(f"{name}: is live and has no end; give num_frames or end")
+    with contextlib.closing(stream(source, fps=fps, start=start, end=end)) as incoming:
+        clip = list(itertools.islice(incoming, num_frames))
+    if not clip or (num_frames is not None and len(clip) < num_frames):
+        raise VideoError(f"{name}: gave {len(clip)} frames before end = {end}")
+    frames, times = zip(*clip, strict=True)
+    return np.stack(frames), np.array(times, np.float64)
 
 
 def _read_frames(

@@ -1,11 +1,9 @@
 """What tests of the command line need: a tiny checkpoint, a clip of a scene, and runs of it."""
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -90,19 +88,18 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def start(
-    *arguments: str | Path, prepare: Callable[[], None] | None = None, **environment: str
-) -> subprocess.Popen[str]:
-    """Starts the command line as a process of its own; `prepare` runs in it first."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "jvjepa.cli", *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-        preexec_fn=prepare,
-    )
+def start(*arguments: str | Path, largest_file: int | None = None) -> subprocess.Popen[str]:
+    """Starts the command line as a process of its own.
+
+    Args:
+        arguments: of the command line.
+        largest_file: KiB; writing a larger one fails, as on a full disk.
+    """
+    command = [sys.executable, "-m", "jvjepa.cli", *map(str, arguments)]
+    if largest_file is not None:
+        command = ["bash", "-c", f'ulimit -f {largest_file} && exec "$@"', "-", *command]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
 
 
 def load_npz(path: Path) -> dict[str, NDArray[np.generic]]:

@@ -1,5 +1,4 @@
 import dataclasses
-from pathlib import Path
 
 import hfcheckpoints
 import jax
@@ -15,7 +14,7 @@ from jvjepa.convert import convert
 from jvjepa.errors import InputError
 from jvjepa.weights import unstack_layers
 
-MODULE, WHOLE = 1e-5, 1e-4  # tolerances of one module, and of a whole model
+MODULE = 1e-5  # these encoders are small enough for the tolerance of one module
 
 
 @pytest.fixture(scope="module", params=[24, 32, 64, 80])
@@ -203,14 +202,3 @@ def test_wrong_ids_are_refused_and_never_clamped() -> None:
     traced = jax.jit(apply)(jnp.asarray([[0, 1], [2, 4]]))
     assert np.isfinite(traced[0]).all()
     assert np.isnan(traced[1]).any()
-
-
-@pytest.mark.slow
-def test_parity_at_vit_l(tmp_path: Path) -> None:
-    config = hfcheckpoints.VJEPA2Config()
-    config.architectures = ["VJEPA2Model"]
-    theirs = hfcheckpoints.save_checkpoint(tmp_path / "theirs", config)
-    convert(str(tmp_path / "theirs"), tmp_path / "ours")
-    video = random_video(1, 4, 256, 256)
-    tokens = _apply(jvjepa.load(tmp_path / "ours"), video)
-    assert relative_error(tokens, _theirs(theirs, video).last_hidden_state) <= WHOLE

@@ -7,6 +7,7 @@ import pytest
 from models import random_video, relative_error, tiny_model
 
 from jvjepa import Encoder, gating, streaming
+from jvjepa.encoder import forward_flops
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.gating import Gate
 from jvjepa.weights import unstack_layers
@@ -226,7 +227,7 @@ def test_statistics_count_what_happened() -> None:
     assert found.skipped.tolist() == [9, 8]
     tokens, config = 4, encoder.config
     patch = 2 * tokens * config.patch_dim * config.hidden_size
-    full = gating.forward_flops(config, tokens, tokens * WINDOW)
+    full = forward_flops(config, tokens, tokens * WINDOW)
     assert found.compute == pytest.approx((2 * full + 8 * patch) / (10 * full))
 
 
@@ -236,7 +237,7 @@ def test_forward_flops_are_what_xla_counts() -> None:
     clip = jnp.asarray(random_video(1, 4, 64, 64))
     compiled = jax.jit(encoder.apply).lower({"params": params}, clip).compile()
     counted = compiled.cost_analysis()["flops"]  # with norms, softmax and rotations
-    ours = gating.forward_flops(encoder.config, 32, 32)
+    ours = forward_flops(encoder.config, 32, 32)
     assert ours < counted < 1.25 * ours
 
 

@@ -727,8 +727,15 @@ def test_live_can_stop(clips: dict[str, Path]) -> None:
         assert times[-1] < 0.5
         with pytest.raises(VideoError, match=r"start = 1\.0; a live source has no past"):
             next(video.stream(f"{address}/live", start=1.0))
-        with pytest.raises(VideoError, match=r"is live and has no end; use video\.stream"):
+        with pytest.raises(VideoError, match=r"is live and has no end; give num_frames or end"):
             video.read(f"{address}/live")
+        taken, taken_times = video.read(f"{address}/live", num_frames=4)
+        assert np.array_equal(taken, frames[:4])
+        assert np.allclose(taken_times, times[:4])
+        until, _ = video.read(f"{address}/live", end=0.5)
+        assert np.array_equal(until, frames)
+        with pytest.raises(VideoError, match=r"gave 15 frames before end = 0\.5"):
+            video.read(f"{address}/live", num_frames=16, end=0.5)
     with pytest.raises(VideoError, match="has no past"):
         video.stream("rtsp://127.0.0.1/", start=1.0)
     with pytest.raises(VideoError, match="is live"):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,11 +40,8 @@ def test_save_and_load(tmp_path: Path, dtype: str) -> None:
     loaded = jvjepa.load(tmp_path / "m")
     assert loaded.config == model.config
     assert loaded.encoder == model.encoder
-    a, b = (flatten_dict(m.params, sep="/") for m in (model, loaded))
-    assert list(a) == list(b)
-    for name in a:
-        assert b[name].dtype == a[name].dtype
-        assert np.array_equal(a[name], b[name])
+    chex.assert_trees_all_equal(loaded.params, model.params)
+    chex.assert_trees_all_equal_dtypes(loaded.params, model.params)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
@@ -136,9 +134,7 @@ def test_stack_and_unstack_are_inverse() -> None:
     kernel = params["blocks"]["mlp"]["fc1"]["kernel"]
     assert np.array_equal(layers["blocks_1"]["mlp"]["fc1"]["kernel"], kernel[1])
     again = stack_layers(layers)
-    assert jax.tree.structure(again) == jax.tree.structure(dict(params))
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
-        assert np.array_equal(a, b)
+    chex.assert_trees_all_equal(again, dict(params))
 
 
 def test_a_model_with_unstacked_layers_loads_and_saves(tmp_path: Path) -> None:

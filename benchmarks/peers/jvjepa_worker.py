@@ -8,6 +8,7 @@ import numpy as np
 from protocol import Message, Workload, serve, time_calls, versions, workload_of
 
 from jvjepa import Encoder, EncoderConfig, gating, streaming
+from jvjepa.encoder import forward_flops
 from jvjepa.gating import Gate
 from jvjepa.weights import unstack_layers
 
@@ -57,8 +58,8 @@ class JvjepaWorker:
             "ok": True,
             "versions": versions(["jax", "jaxlib", "flax"]),
             "encoder_parameters": sum(leaf.size for leaf in jax.tree.leaves(self.params)),
-            "clip_flops": gating.forward_flops(config, workload.tokens, workload.tokens),
-            "step_flops": gating.forward_flops(config, tokens, workload.tokens),
+            "clip_flops": forward_flops(config, workload.tokens, workload.tokens),
+            "step_flops": forward_flops(config, tokens, workload.tokens),
             "matmul_flops": workload.layer_matmul_flops(),
             "compile_seconds": compile_seconds,
         }
