@@ -1,7 +1,6 @@
 """What tests of the command line need: a tiny checkpoint, a clip of a scene, and runs of it."""
 
 import dataclasses
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,14 +68,12 @@ def run(*arguments: str | Path) -> int:
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """Runs a command that must fail cleanly; returns the one line that it prints to stderr."""
     capfd.readouterr()
-    handler = signal.getsignal(signal.SIGTERM)
     assert run(*arguments) == 2
-    return the_error(capfd.readouterr().err, handler is signal.getsignal(signal.SIGTERM))
+    return the_error(capfd.readouterr().err)
 
 
-def the_error(stderr: str, clean: bool = True) -> str:
+def the_error(stderr: str) -> str:
     """The message of a command that failed cleanly."""
-    assert clean
     assert stderr.startswith("error: "), stderr
     assert stderr.endswith("\n")
     assert stderr.count("\n") == 1, stderr

@@ -5,10 +5,12 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import pytest
+from videofiles import open_videos, write_clips
 
 jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -29,3 +31,17 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 def compilations() -> Callable[[], int]:
     """How many programs XLA has compiled so far in this process."""
     return lambda: _compilations
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The files of `write_clips`, to be read only."""
+    return write_clips(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture
+def no_file_stays_open() -> Iterator[None]:
+    """A failed read may leave its container open only as long as its exception lives."""
+    before = open_videos()
+    yield
+    assert open_videos() == before

@@ -38,7 +38,7 @@ def tiny_config(
 def random_model(config: VJEPA2Config, seed: int = 0) -> HFModel:
     """The model in eval mode, float32, every parameter random: no bias zero, no norm's scale one.
 
-    Weights are large enough that attention is far from uniform.
+    Weights have the size that trained ones have; larger ones amplify rounding chaotically.
     """
     classifier = config.architectures == ["VJEPA2ForVideoClassification"]
     model = (VJEPA2ForVideoClassification if classifier else VJEPA2Model)(config).eval()
@@ -51,7 +51,7 @@ def random_model(config: VJEPA2Config, seed: int = 0) -> HFModel:
                 parameter.copy_(1 + 0.3 * noise)
             elif name.endswith("weight"):
                 fan_in = parameter[0].numel()
-                parameter.copy_(noise * (2 / fan_in**0.5))
+                parameter.copy_(noise / fan_in**0.5)
             else:
                 parameter.copy_(0.3 * noise)
     return model

@@ -512,6 +512,16 @@ def test_an_error_of_the_system_names_its_file(
     assert refused(capfd, "info", model) == f"{model / 'config.json'}: Is a directory"
 
 
+@pytest.mark.parametrize("name", ["vjepa2-vitl-fpc64-256", "none"])
+def test_signals_are_handled_as_before_when_a_command_has_ended(name: str) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        run("info", name)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_process_reports_one_line_and_no_traceback(assets: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.npz"
     process = start("embed", assets / "model", tmp_path / "none.mp4", "--out", out)

@@ -139,9 +139,12 @@ def test_what_an_interrupted_append_left_is_no_row(tmp_path: Path) -> None:
 
         @rows.setter
         def rows(self, value: int) -> None:
-            if value == 3:
+            if value == 3 and not interrupts:
+                interrupts.append(value)
                 raise KeyboardInterrupt
             self._rows = value
+
+    interrupts: list[int] = []
 
     path = tmp_path / "out.npz"
     arrays = rows(3)
@@ -150,6 +153,9 @@ def test_what_an_interrupted_append_left_is_no_row(tmp_path: Path) -> None:
             append(recorder, arrays)
         recorder.save()
         assert_holds(path, {name: array[:2] for name, array in arrays.items()})
+        append(recorder, {name: array[:1] for name, array in arrays.items()})
+        recorder.save()
+    assert_holds(path, {name: array[[0, 1, 0]] for name, array in arrays.items()})
 
 
 def test_a_full_disk_is_an_error_that_names_the_output(tmp_path: Path, small_files: None) -> None:

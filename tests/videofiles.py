@@ -2,16 +2,20 @@
 
 import contextlib
 import http.server
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
 CLOCK = 90_000  # ticks per second that frames with `times` are written with
+COUNT = 60  # frames in each of `write_clips`
+CONTAINERS = ["mp4", "mkv", "ts"]
 
 
 def moving_frames(
@@ -70,6 +74,15 @@ def write_video(
     return Path(path)
 
 
+def write_clips(folder: Path) -> dict[str, Path]:
+    """60 frames at 30 per second, a keyframe every 12, two B-frames in a row."""
+    frames = moving_frames(COUNT)
+    clips = {end: write_video(folder / f"clip.{end}", frames) for end in CONTAINERS}
+    faststart = {"movflags": "faststart"}
+    clips["fast"] = write_video(folder / "fast.mp4", frames, container_options=faststart)
+    return clips
+
+
 def write_audio(path: str | Path) -> Path:
     """Writes a tenth of a second of silence, and no video."""
     with av.open(str(path), "w") as container:
@@ -88,6 +101,26 @@ def decode_all(path: str | Path) -> tuple[NDArray[np.uint8], list[Fraction]]:
         frames = list(container.decode(video=0))
         times = [(frame.pts - frames[0].pts) * frame.time_base for frame in frames]
         return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), times
+
+
+def gather(items: Iterator[tuple[Any, float]]) -> tuple[np.ndarray, list[float]]:
+    """Stacks what `video.stream` yields."""
+    frames, times = zip(*items, strict=True)
+    return np.stack(frames), list(times)
+
+
+def open_videos() -> list[str]:
+    """The video files that this process holds open; none where there is no /proc."""
+    folder = Path("/proc/self/fd")
+    if not folder.exists():
+        return []
+    names = []
+    for entry in folder.iterdir():
+        try:
+            names.append(os.readlink(entry))
+        except OSError:  # closed since
+            continue
+    return sorted(name for name in names if name.endswith((".mp4", ".mkv", ".ts", ".avi")))
 
 
 def remux(source: str | Path, target: str | Path, change: Callable[[int, av.Packet], bool]) -> Path:
