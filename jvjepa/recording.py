@@ -66,6 +66,7 @@ class Recorder:
         for name in self._row.names:
             record[name] = np.asarray(row[name]).reshape(self._row[name].shape)
         with named(self.path):
+            self._file.seek(self.rows * self._row.itemsize)  # whatever was interrupted before
             self._file.write(record.tobytes())
         self.rows += 1
 
@@ -94,7 +95,6 @@ class Recorder:
         for done in range(0, self.rows, _BLOCK):
             count = min(_BLOCK, self.rows - done)
             yield np.frombuffer(self._file.read(count * self._row.itemsize), self._row)
-        self._file.seek(self.rows * self._row.itemsize)
 
 
 class Thumbnails:

@@ -129,7 +129,8 @@ def test_a_row_of_another_shape_is_refused_and_is_no_row(
     assert_holds(path, arrays)
 
 
-def test_what_an_interrupted_append_left_is_no_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save_between", [False, True])
+def test_what_an_interrupted_append_left_is_no_row(tmp_path: Path, save_between: bool) -> None:
     class Interrupted(Recorder):
         """Ctrl-C comes when the row is written but not yet counted."""
 
@@ -151,8 +152,9 @@ def test_what_an_interrupted_append_left_is_no_row(tmp_path: Path) -> None:
     with Interrupted(path, COLUMNS) as recorder:
         with pytest.raises(KeyboardInterrupt):
             append(recorder, arrays)
-        recorder.save()
-        assert_holds(path, {name: array[:2] for name, array in arrays.items()})
+        if save_between:
+            recorder.save()
+            assert_holds(path, {name: array[:2] for name, array in arrays.items()})
         append(recorder, {name: array[:1] for name, array in arrays.items()})
         recorder.save()
     assert_holds(path, {name: array[[0, 1, 0]] for name, array in arrays.items()})
@@ -171,15 +173,24 @@ def test_a_full_disk_is_an_error_that_names_the_output(tmp_path: Path, small_fil
     assert listing(tmp_path) == []
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, small_files: None) -> None:
+def test_a_failed_save_leaves_the_old_file_and_loses_no_row(
+    tmp_path: Path, small_files: None
+) -> None:
     path = tmp_path / "out.npz"
     path.write_bytes(b"old")
+    first, second = rows(190), rows(7)  # under 4 KiB as rows, over it as an .npz
     with Recorder(path, COLUMNS) as recorder:
-        append(recorder, rows(190))  # under 4 KiB as rows, over it as an .npz
+        append(recorder, first)
         with pytest.raises(OSError, match=re.escape(str(path))):
             recorder.save()
-    assert path.read_bytes() == b"old"
-    assert listing(tmp_path) == ["out.npz"]
+        assert path.read_bytes() == b"old"
+        assert listing(tmp_path) == ["out.npz"]
+
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        append(recorder, second)
+        recorder.save()
+    assert_holds(path, {name: np.concatenate([first[name], second[name]]) for name in first})
 
 
 def test_a_folder_that_does_not_exist_is_an_error_that_names_the_output(tmp_path: Path) -> None:
