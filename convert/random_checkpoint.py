@@ -18,6 +18,7 @@ def save_random_checkpoint(folder: Path, *, seed: int = 0) -> None:
     try:
         import torch
         from transformers import VJEPA2Config, VJEPA2Model
+        from transformers.utils import logging
     except ImportError as error:
         raise InputError(f"needs {error.name}: pip install 'jvjepa[torch]'") from None
     config = VJEPA2Config(
@@ -32,4 +33,5 @@ def save_random_checkpoint(folder: Path, *, seed: int = 0) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = VJEPA2Model(config)
+    logging.disable_progress_bar()
     model.save_pretrained(folder)

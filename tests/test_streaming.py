@@ -1,3 +1,4 @@
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -213,11 +214,12 @@ def test_many_steps_compile_once_and_keep_nothing(compilations: Callable[[], int
     state, out = streaming.step(encoder, params, state, tubelets[0])
     assert all(buffer.is_deleted() for buffer in before)
     assert state.cache.keys.unsafe_buffer_pointer() == pointer
+    gc.collect()
     compiled, alive = compilations(), len(jax.live_arrays())
     for i in range(10_000):
         state, out = streaming.step(encoder, params, state, tubelets[i % 7])
     assert compilations() == compiled
-    assert len(jax.live_arrays()) == alive
+    assert len(jax.live_arrays()) <= alive
     assert state.cache.keys.unsafe_buffer_pointer() == pointer
     assert state.time[0] == 10_001
     assert np.isfinite(out.tokens).all()
