@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import re
@@ -43,15 +44,17 @@ def assert_holds(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(found[name], array, strict=True)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """A file larger than 4 KiB cannot be written, as on a full disk."""
+    """A file larger than 4 KiB cannot be written, as on a full disk; nor can pytest's own log."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 5000])
@@ -160,34 +163,30 @@ def test_what_an_interrupted_append_left_is_no_row(tmp_path: Path, save_between:
     assert_holds(path, {name: array[[0, 1, 0]] for name, array in arrays.items()})
 
 
-def test_a_full_disk_is_an_error_that_names_the_output(tmp_path: Path, small_files: None) -> None:
+def test_a_full_disk_is_an_error_that_names_the_output(tmp_path: Path) -> None:
     path = tmp_path / "out.npz"
-    with Recorder(path, COLUMNS) as recorder:
+    with small_files():
+        with Recorder(path, COLUMNS) as recorder:
+            with pytest.raises(OSError, match=re.escape(str(path))):
+                append(recorder, rows(2000))
+            with pytest.raises(OSError, match=re.escape(str(path))):
+                recorder.save()
         with pytest.raises(OSError, match=re.escape(str(path))):
-            append(recorder, rows(2000))
-        with pytest.raises(OSError, match=re.escape(str(path))):
-            recorder.save()
-    assert listing(tmp_path) == []
-    with pytest.raises(OSError, match=re.escape(str(path))):
-        save_npz(path, {"embedding": np.zeros(5000)})
+            save_npz(path, {"embedding": np.zeros(5000)})
     assert listing(tmp_path) == []
 
 
-def test_a_failed_save_leaves_the_old_file_and_loses_no_row(
-    tmp_path: Path, small_files: None
-) -> None:
+def test_a_failed_save_leaves_the_old_file_and_loses_no_row(tmp_path: Path) -> None:
     path = tmp_path / "out.npz"
     path.write_bytes(b"old")
     first, second = rows(190), rows(7)  # under 4 KiB as rows, over it as an .npz
     with Recorder(path, COLUMNS) as recorder:
         append(recorder, first)
-        with pytest.raises(OSError, match=re.escape(str(path))):
+        with small_files(), pytest.raises(OSError, match=re.escape(str(path))):
             recorder.save()
         assert path.read_bytes() == b"old"
         assert listing(tmp_path) == ["out.npz"]
 
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         append(recorder, second)
         recorder.save()
     assert_holds(path, {name: np.concatenate([first[name], second[name]]) for name in first})
