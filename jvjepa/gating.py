@@ -62,8 +62,8 @@ class Gate:
         if not 0.0 <= self.tau <= 2.0:
             raise ConfigError(f"tau = {self.tau}; it must be between 0 and 2")
         for name in ("max_hold", "settle"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}; it must be 0 or more")
+            if not 0 <= getattr(self, name) < 2**31:  # they become int32
+                raise ConfigError(f"{name} = {getattr(self, name)}; it must be 0 to {2**31 - 1}")
         if self.reference not in get_args(Reference):
             right = get_args(Reference)
             raise ConfigError(f"reference = {self.reference!r}; it must be one of {right}")

@@ -192,7 +192,7 @@ def test_calibrate_does_not_keep_the_frames(assets: Path, monkeypatch: pytest.Mo
         (["--target-fidelity", "2"], "target-fidelity = 2.0; it must be in (0, 1]"),
         (["--target-fidelity", "0"], "target-fidelity = 0.0; it must be in (0, 1]"),
         (["--target-fidelity", "nan"], "target-fidelity = nan; it must be in (0, 1]"),
-        (["--max-hold", "-1"], "max_hold = -1; it must be 0 or more"),
+        (["--max-hold", "-1"], "max_hold = -1; it must be 0 to 2147483647"),
         (["--end", "0.05"], "calibration needs at least 2 tubelets of video, not 0"),
         (["--end", "0.15"], "calibration needs at least 2 tubelets of video, not 1"),
         (["--window", "0"], "window = 0"),

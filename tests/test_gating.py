@@ -279,6 +279,7 @@ def test_a_gate_for_whole_clips() -> None:
         ({"tau": -0.1}, "tau = -0.1; it must be between 0 and 2"),
         ({"tau": float("nan")}, "tau = nan"),
         ({"max_hold": -1}, "max_hold = -1"),
+        ({"max_hold": 2**31}, "max_hold = 2147483648; it must be 0 to 2147483647"),
         ({"settle": -1}, "settle = -1"),
         ({"reference": "last"}, "reference = 'last'"),
     ],
