@@ -87,7 +87,28 @@ class Encoder(nn.Module):
         Raises:
             InputError: the shape or dtype of an argument cannot be right.
         """
-        x, tables, mask = self._prepare(video, keep, window)
+        return self.encode(self.embed_patches(video), self._grid(video), keep, window=window)
+
+    def encode(
+        self,
+        patches: Array,
+        grid: tuple[int, int],
+        keep: Array | None = None,
+        *,
+        window: int | None = None,
+    ) -> Array:
+        """Encodes a clip whose patches are embedded already.
+
+        Args:
+            patches: [B, N, D], from `embed_patches`.
+            grid: (rows, columns) of the tokens of one tubelet.
+            keep: as in a call.
+            window: as in a call.
+
+        Returns:
+            As a call.
+        """
+        x, tables, mask = self._prepare(patches, grid, keep, window)
         if self.scan:
             x, _ = self.blocks(x, tables, mask)
         else:
@@ -108,7 +129,7 @@ class Encoder(nn.Module):
         Returns:
             Tokens and layers; `layers[-1]` is not normed, as in Hugging Face's `hidden_states`.
         """
-        x, tables, mask = self._prepare(video, keep, window)
+        x, tables, mask = self._prepare(self.embed_patches(video), self._grid(video), keep, window)
         if self.scan:
             last, outputs = self.blocks.keep(x, tables, mask)
             return LayerOutputs(self.norm(last), jnp.concatenate([x[None], outputs]))
@@ -152,11 +173,14 @@ class Encoder(nn.Module):
         x, cache = carry
         return self.norm(x), cache
 
-    def _prepare(
-        self, video: Array, keep: Array | None, window: int | None
-    ) -> tuple[Array, RopeTables, Array | None]:
-        x = self.embed_patches(video)
+    def _grid(self, video: Array) -> tuple[int, int]:
         rows, columns = (side // self.config.patch_size for side in video.shape[2:4])
+        return rows, columns
+
+    def _prepare(
+        self, x: Array, grid: tuple[int, int], keep: Array | None, window: int | None
+    ) -> tuple[Array, RopeTables, Array | None]:
+        rows, columns = grid
         ids = jnp.arange(x.shape[1])[None]  # [1, N]
         if keep is not None:
             check_ids(keep, x.shape[0], x.shape[1])
