@@ -7,9 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.text import Text
 
-from jvjepa.config import ModelConfig
 from jvjepa.convert import hub
 from jvjepa.convert.huggingface import Entry, entries
 from jvjepa.convert.progress import progress
@@ -22,7 +20,7 @@ from jvjepa.weights import (
     WEIGHTS_FILE,
     Source,
     check_names,
-    parameter_shapes,
+    count_parameters,
     write_checkpoint,
 )
 
@@ -59,10 +57,6 @@ class Report:
             revision = f" at revision {self.source.revision}" if self.source.revision else ""
             lines.append(f"  from {self.source.name}{revision}, sha256 {self.source.sha256}")
         return "\n".join(lines)
-
-    def __rich__(self) -> Text:
-        """The same for rich, which would print the fields of a dataclass."""
-        return Text(str(self))
 
 
 def convert(
@@ -121,15 +115,6 @@ def convert(
         num_bytes=(out / WEIGHTS_FILE).stat().st_size,
         source=record,
     )
-
-
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Counts the parameters of each part: encoder, predictor, pooler, classifier."""
-    counts: dict[str, int] = {}
-    for name, shape in parameter_shapes(config).items():
-        part = name.split("/")[0]
-        counts[part] = counts.get(part, 0) + int(np.prod(shape))
-    return counts
 
 
 def _check_apart(source: Path, out: Path) -> None:

@@ -5,20 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
 from jvjepa.config import ModelConfig
-from jvjepa.convert.conversion import Report, count_parameters
+from jvjepa.convert.conversion import Report
 from jvjepa.convert.huggingface import Entry, entries, to_hf_config
 from jvjepa.convert.progress import progress
 from jvjepa.convert.source import CONFIG_FILE, PREPROCESSOR_FILES, WEIGHTS_FILE
-from jvjepa.errors import CheckpointError, ConfigError
+from jvjepa.errors import ConfigError
 from jvjepa.storage import check_free, new_folder, open_safetensors, write_safetensors
 from jvjepa.weights import CONFIG_FILE as OUR_CONFIG_FILE
 from jvjepa.weights import WEIGHTS_FILE as OUR_WEIGHTS_FILE
-from jvjepa.weights import check_names, parameter_shapes, read_record
+from jvjepa.weights import check_stored, count_parameters, read_record
 
 
 def export_hf(model: str | Path, out: str | Path, *, force: bool = False) -> Report:
@@ -47,7 +46,7 @@ def export_hf(model: str | Path, out: str | Path, *, force: bool = False) -> Rep
     except ConfigError as error:
         raise ConfigError(f"{model / OUR_CONFIG_FILE}: {error}") from None
     with open_safetensors(model / OUR_WEIGHTS_FILE) as file:
-        dtype = check_stored(model, file, config)
+        dtype = check_stored(model / OUR_WEIGHTS_FILE, file, config)
         wanted = entries(config)
         shapes = {entry.hf: entry.hf_shape for entry in wanted}
         pieces = progress(_pieces(file, wanted, config), len(wanted), "exporting")
@@ -81,30 +80,6 @@ def read_piece(file: safe_open, entry: Entry, config: ModelConfig) -> NDArray[An
     else:
         value = file.get_slice(entry.ours)[entry.layer]
     return entry.transform.to_hf(value, config.encoder)
-
-
-def check_stored(model: Path, file: safe_open, config: ModelConfig) -> np.dtype:
-    """Checks the names and shapes of our weight file against the architecture.
-
-    Args:
-        model: the folder, for the message.
-        file: its open weight file.
-        config: its architecture.
-
-    Returns:
-        The dtype of all tensors.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected or misshapen, or dtypes differ.
-    """
-    path = model / OUR_WEIGHTS_FILE
-    slices = {name: file.get_slice(name) for name in file.keys()}
-    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-    check_names(str(path), shapes, parameter_shapes(config))
-    kinds = sorted({part.get_dtype() for part in slices.values()})
-    if kinds not in (["F32"], ["BF16"]):
-        raise CheckpointError(f"{path} has dtypes {kinds}; F32 or BF16 alone would be right")
-    return file.get_tensor(next(iter(slices))).dtype
 
 
 def _pieces(

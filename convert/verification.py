@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from jvjepa import weights as our_weights
 from jvjepa.config import ModelConfig
 from jvjepa.convert import hub
-from jvjepa.convert.exporting import check_stored, read_piece
+from jvjepa.convert.exporting import read_piece
 from jvjepa.convert.huggingface import Entry, entries
 from jvjepa.convert.source import Weights, open_weights, read_config
 from jvjepa.encoder import Encoder
@@ -178,8 +178,9 @@ def _check_weights(
     for entry in entries(config):
         parts.setdefault(entry.part, []).append(entry)
     checks = []
-    with open_safetensors(model / our_weights.WEIGHTS_FILE) as file:
-        dtype = check_stored(model, file, config)
+    path = model / our_weights.WEIGHTS_FILE
+    with open_safetensors(path) as file:
+        dtype = our_weights.check_stored(path, file, config)
         for part, members in parts.items():
             errors: dict[str, float] = {}
             for entry in members:

@@ -20,7 +20,16 @@ from jvjepa.errors import InputError, VideoError
 from jvjepa.gating import Gate
 from jvjepa.live import Result, Session, Tubelet, tubelets
 from jvjepa.recording import Recorder, Thumbnails, check_output, save_npz
-from jvjepa.weights import WEIGHTS_FILE, Model, Source, parameter_shapes, read_record
+from jvjepa.storage import open_safetensors
+from jvjepa.weights import (
+    WEIGHTS_FILE,
+    Model,
+    Source,
+    check_stored,
+    count_parameters,
+    parameter_shapes,
+    read_record,
+)
 
 
 def convert(options: cli.Convert, console: Console) -> int:
@@ -204,16 +213,13 @@ def demo(options: cli.Demo, console: Console) -> int:
 
 def info(options: cli.Info, console: Console) -> int:
     """`jvjepa info`."""
-    from jvjepa.convert.conversion import count_parameters
-
     folder = Path(options.model)
     if folder.is_dir():
         config, source = read_record(folder)
-        model = jvjepa.load(folder)  # checks every tensor
-        dtype = np.dtype(model.encoder.param_dtype).name
-        del model
         weights = folder / WEIGHTS_FILE
-        console.print(f"{folder}: {dtype}, {weights.stat().st_size / 1e6:,.1f} MB")
+        with open_safetensors(weights) as file:
+            dtype = check_stored(weights, file, config)
+        console.print(f"{folder}: {dtype.name}, {weights.stat().st_size / 1e6:,.1f} MB")
         with open(weights, "rb") as file:
             console.print(f"weights' sha256: {hashlib.file_digest(file, 'sha256').hexdigest()}")
         _print_source(source, console)

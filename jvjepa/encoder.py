@@ -87,7 +87,8 @@ class Encoder(nn.Module):
         Raises:
             InputError: the shape or dtype of an argument cannot be right.
         """
-        return self.encode(self.embed_patches(video), self._grid(video), keep, window=window)
+        patches = self.embed_patches(video)
+        return self.encode(patches, token_grid(video, self.config), keep, window=window)
 
     def encode(
         self,
@@ -129,7 +130,8 @@ class Encoder(nn.Module):
         Returns:
             Tokens and layers; `layers[-1]` is not normed, as in Hugging Face's `hidden_states`.
         """
-        x, tables, mask = self._prepare(self.embed_patches(video), self._grid(video), keep, window)
+        patches, grid = self.embed_patches(video), token_grid(video, self.config)
+        x, tables, mask = self._prepare(patches, grid, keep, window)
         if self.scan:
             last, outputs = self.blocks.keep(x, tables, mask)
             return LayerOutputs(self.norm(last), jnp.concatenate([x[None], outputs]))
@@ -173,10 +175,6 @@ class Encoder(nn.Module):
         x, cache = carry
         return self.norm(x), cache
 
-    def _grid(self, video: Array) -> tuple[int, int]:
-        rows, columns = (side // self.config.patch_size for side in video.shape[2:4])
-        return rows, columns
-
     def _prepare(
         self, x: Array, grid: tuple[int, int], keep: Array | None, window: int | None
     ) -> tuple[Array, RopeTables, Array | None]:
@@ -190,6 +188,12 @@ class Encoder(nn.Module):
         tables = rope.tables(places, self.config.head_width, self.config.rope)
         mask = None if window is None else banded_causal_mask(ids // (rows * columns), window)
         return x, RopeTables(*tables), mask
+
+
+def token_grid(video: Array | jax.ShapeDtypeStruct, config: EncoderConfig) -> tuple[int, int]:
+    """The (rows, columns) of the tokens of one tubelet of video [B, T, H, W, 3]."""
+    rows, columns = (side // config.patch_size for side in video.shape[2:4])
+    return rows, columns
 
 
 def _scanned(block: type[Block], length: int) -> type[Block]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from jvjepa import streaming
 from jvjepa.config import EncoderConfig
-from jvjepa.encoder import Encoder, check_video, forward_flops
+from jvjepa.encoder import Encoder, check_video, forward_flops, token_grid
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.streaming import Pool, Positions, StepOutput, StreamState
 from jvjepa.typing import Array, Params
@@ -400,8 +400,7 @@ def _step_clip(
             f"video {tuple(video.shape)} makes tokens {patches.shape}; the state was made for "
             f"{state.reference.shape}"
         )
-    side = encoder.config.patch_size
-    grid = (video.shape[2] // side, video.shape[3] // side)
+    grid = token_grid(video, encoder.config)
 
     def encode(nothing: tuple[()], commit: Array) -> tuple[tuple[()], StepOutput]:
         tokens = encoder.apply({"params": params}, patches, grid, method="encode")

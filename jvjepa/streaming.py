@@ -16,7 +16,7 @@ import numpy as np
 
 from jvjepa import rope
 from jvjepa.config import EncoderConfig
-from jvjepa.encoder import Encoder, check_video
+from jvjepa.encoder import Encoder, check_video, token_grid
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.layers import Cache, RopeTables, StreamPlan
 from jvjepa.typing import Array, Params
@@ -259,7 +259,7 @@ def check_tubelet(config: EncoderConfig, state: StreamState, tubelet: Array) -> 
 
 def _grid(video: Array | jax.ShapeDtypeStruct, config: EncoderConfig) -> tuple[int, int]:
     check_video(video, config)
-    rows, columns = (side // config.patch_size for side in video.shape[2:4])
+    rows, columns = token_grid(video, config)
     if rope.rope_grid(config, rows, columns) != (rows, columns):
         raise ConfigError(
             f'rope_grid = "config" puts tokens of a {rows}x{columns} grid at places of a '

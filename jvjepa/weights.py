@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import safe_open
 
 from jvjepa.attention import Backend, check_backend
 from jvjepa.config import ModelConfig
@@ -24,6 +26,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = "jvjepa-1"  # changes when names or layouts of the parameters do
 
+_STORED = {"F32": "float32", "BF16": "bfloat16"}  # safetensors' names
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -135,6 +138,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return flatten_dict(parts, sep="/")
 
 
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Counts the parameters of each part: encoder, predictor, pooler, classifier."""
+    counts: dict[str, int] = {}
+    for name, shape in parameter_shapes(config).items():
+        part = name.split("/")[0]
+        counts[part] = counts.get(part, 0) + math.prod(shape)
+    return counts
+
+
 def stack_layers(params: Params) -> Params:
     """Stacks the blocks of an encoder's parameters, for `Encoder(scan=True)`.
 
@@ -195,6 +207,30 @@ def check_names(
         raise CheckpointError(
             f"{where}: {len(problems)} tensors do not fit: " + "; ".join(problems)
         )
+
+
+def check_stored(path: Path, file: safe_open, config: ModelConfig) -> np.dtype:
+    """Checks the header of a stored weight file against the architecture; reads no tensor.
+
+    Args:
+        path: of the file, for the message.
+        file: the same, open.
+        config: its architecture.
+
+    Returns:
+        The dtype of all tensors, float32 or bfloat16.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or misshapen, or dtypes differ.
+    """
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    check_names(str(path), shapes, parameter_shapes(config))
+    kinds = sorted({part.get_dtype() for part in slices.values()})
+    if len(kinds) != 1 or kinds[0] not in _STORED:
+        right = " or ".join(_STORED)
+        raise CheckpointError(f"{path} has dtypes {kinds}; {right} alone would be right")
+    return DTYPES[_STORED[kinds[0]]]
 
 
 def write_checkpoint(
@@ -317,19 +353,10 @@ def load(
         raise ConfigError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
     check_backend(attention)
     config, source = read_record(folder)
-    expected = parameter_shapes(config)
     path = Path(folder) / WEIGHTS_FILE
     with open_safetensors(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        check_names(str(path), shapes, expected)
-        stored = {name: file.get_tensor(name) for name in expected}
-    dtypes = {leaf.dtype for leaf in stored.values()}
-    if len(dtypes) != 1 or not dtypes <= set(DTYPES.values()):
-        raise CheckpointError(
-            f"{path} has dtypes {dtypes}; one of {', '.join(DTYPES)} would be right"
-        )
-    param_dtype = dtypes.pop()
+        param_dtype = check_stored(path, file, config)
+        stored = {name: file.get_tensor(name) for name in parameter_shapes(config)}
     encoder = Encoder(
         config.encoder,
         dtype=param_dtype if dtype is None else DTYPES[dtype],

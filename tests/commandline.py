@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hfcheckpoints
 import jax
 import numpy as np
 import pytest
@@ -51,6 +52,14 @@ def write_scene(path: Path) -> Path:
     other = np.repeat(moving_frames(1, 48, 64, seed=1), CUT, axis=0)
     frames = np.concatenate([still, moving, other])
     return write_video(path, frames, FPS, container_options={"movflags": "faststart"})
+
+
+def save_assets(folder: Path) -> Path:
+    """Fills a folder with `model`, `scene.mp4`, and `hf`, a Hugging Face checkpoint."""
+    save_tiny(folder / "model")
+    write_scene(folder / "scene.mp4")
+    hfcheckpoints.save_checkpoint(folder / "hf", hfcheckpoints.tiny_config(head_width=24))
+    return folder
 
 
 def cut_short(source: Path, target: Path, share: float) -> Path:

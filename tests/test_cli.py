@@ -18,10 +18,8 @@ from commandline import (
     load_npz,
     refused,
     run,
-    save_tiny,
-    write_scene,
+    save_assets,
 )
-from hfcheckpoints import save_checkpoint, tiny_config
 from safetensors.numpy import load_file, save_file
 from videofiles import moving_frames, serve, write_audio, write_video
 
@@ -32,11 +30,7 @@ from jvjepa import registry
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model`, `scene.mp4`, and `hf`, a Hugging Face checkpoint; read only."""
-    folder = tmp_path_factory.mktemp("cli")
-    save_tiny(folder / "model")
-    write_scene(folder / "scene.mp4")
-    save_checkpoint(folder / "hf", tiny_config(head_width=24))
-    return folder
+    return save_assets(tmp_path_factory.mktemp("cli"))
 
 
 # convert, verify, export-hf

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commandline import listing, refused, run, save_tiny, start, the_error, write_scene
-from hfcheckpoints import save_checkpoint, tiny_config
+from commandline import listing, refused, run, save_assets, start, the_error
 
 import jvjepa
 
@@ -17,11 +16,7 @@ import jvjepa
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model`, `scene.mp4`, and `hf`, a Hugging Face checkpoint; read only."""
-    folder = tmp_path_factory.mktemp("cli")
-    save_tiny(folder / "model")
-    write_scene(folder / "scene.mp4")
-    save_checkpoint(folder / "hf", tiny_config(head_width=24))
-    return folder
+    return save_assets(tmp_path_factory.mktemp("cli"))
 
 
 COMMANDS = ["convert", "verify", "export-hf", "embed", "stream", "calibrate", "demo", "info"]

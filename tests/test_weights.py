@@ -101,7 +101,7 @@ def _edit(folder: Path, change: str) -> None:
         ("missing", r"model.safetensors: 1 tensors do not fit: missing encoder/norm/bias \[48\]"),
         ("extra", r"unexpected encoder/norm/offset \[3\]"),
         ("misshapen", r"encoder/norm/bias has shape \[3\], \[48\] would be right"),
-        ("dtype", "has dtypes .*float16"),
+        ("dtype", r"has dtypes \['F16', 'F32'\]; F32 or BF16 alone would be right"),
         ("truncated", "model.safetensors is not whole"),
     ],
 )
