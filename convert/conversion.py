@@ -1,30 +1,26 @@
-"""From a Hugging Face checkpoint to ours, one tensor at a time."""
+"""From somebody else's checkpoint to ours, one tensor at a time."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jvjepa.convert import hub
-from jvjepa.convert.huggingface import Entry, entries
+from jvjepa.convert.architecture import Hints
+from jvjepa.convert.meta import MetaWeights
+from jvjepa.convert.opening import open_original
 from jvjepa.convert.progress import progress
-from jvjepa.convert.source import Weights, open_weights, read_config, read_preprocessor
+from jvjepa.convert.source import StoredTensor, Weights
+from jvjepa.convert.tables import Entry, expected_shapes
 from jvjepa.errors import CheckpointError, ConfigError, InputError
+from jvjepa.parameters import count_parameters
 from jvjepa.storage import check_free, new_folder
-from jvjepa.version import __version__
-from jvjepa.weights import (
-    DTYPES,
-    WEIGHTS_FILE,
-    Source,
-    check_names,
-    count_parameters,
-    write_checkpoint,
-)
+from jvjepa.weights import DTYPES, WEIGHTS_FILE, Source, check_names, write_checkpoint
 
 DTypeName = Literal["float32", "bfloat16"]
+NO_HINTS = Hints()
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 
 
@@ -35,7 +31,8 @@ class Report:
     Args:
         out: the folder.
         dtype: of the parameters, "float32" or "bfloat16".
-        parameters: how many parameters each part has: encoder, predictor, pooler, classifier.
+        parameters: how many parameters each part has: encoder, predictor, classifier,
+            action_predictor.
         num_bytes: size of the weight file.
         source: where the weights came from first, if that is known.
     """
@@ -56,6 +53,8 @@ class Report:
         if self.source is not None:
             revision = f" at revision {self.source.revision}" if self.source.revision else ""
             lines.append(f"  from {self.source.name}{revision}, sha256 {self.source.sha256}")
+            lines += [f"  {part} from {key!r}" for part, key in self.source.keys.items()]
+            lines += [f"  left out {name}: {why}" for name, why in self.source.dropped.items()]
         return "\n".join(lines)
 
 
@@ -65,72 +64,88 @@ def convert(
     *,
     dtype: DTypeName | None = None,
     revision: str | None = None,
+    key: str | None = None,
+    hints: Hints = NO_HINTS,
     force: bool = False,
 ) -> Report:
-    """Converts a Hugging Face V-JEPA 2 checkpoint into a folder that `jvjepa.load` reads.
+    """Converts a checkpoint of V-JEPA 2, 2.1 or 2-AC into a folder that `jvjepa.load` reads.
 
-    Every tensor of the source is used, every parameter is filled, shapes are checked, and values
-    are finite. `out` appears whole or not at all. Memory holds one tensor at a time.
+    Every tensor of the source is used or dropped by name with a reason, every parameter is filled,
+    shapes are checked, and values are finite. `out` appears whole or not at all. Memory holds one
+    tensor at a time.
 
     Args:
-        source: a folder, a released checkpoint's name, or a hub id; see `jvjepa.convert.hub`.
+        source: a Hugging Face folder, a `.pt` file of Meta's, a released checkpoint's name, or a
+            hub id; see `jvjepa.convert.hub`.
         out: the folder to make.
         dtype: of the parameters to write; None takes the source's, float32 or bfloat16.
         revision: the hub's branch, tag or commit.
+        key: of a `.pt` file: which encoder to take, "target_encoder", "ema_encoder" or "encoder";
+            None takes what Meta's hub loads.
+        hints: of a `.pt` file of no released size: what its shapes do not say.
         force: replace `out`.
 
     Returns:
         What was written.
 
     Raises:
-        InputError: the source cannot be found, is not a whole V-JEPA 2 checkpoint, or `out` exists.
+        InputError: the source cannot be read, is of another kind, or is damaged; or `out` exists.
     """
     out = Path(out)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     check_free(out, force=force)
-    found = hub.resolve(source, revision)
-    _check_apart(found.folder, out)
-    hf_config, config = read_config(found.folder)
-    with open_weights(found.folder) as weights:
-        wanted = entries(config)
-        expected = {entry.hf: entry.hf_shape for entry in wanted}
-        check_names(str(found.folder), weights.shapes, expected)
-        target = _target_dtype(weights, dtype)
-        record = Source(
-            name=found.name,
-            revision=found.revision,
-            sha256=weights.sha256(),
-            converter=__version__,
-            config=hf_config,
-            preprocessor=read_preprocessor(found.folder),
-        )
-        pieces = progress(_pieces(weights, wanted, target), len(wanted), "converting")
+    with open_original(source, revision=revision, key=key, hints=hints) as original:
+        check_apart(original.path, out)
+        weights, wanted = original.weights, original.entries
+        check_names(str(original.path), weights.shapes, expected_shapes(wanted))
+        target = target_dtype(weights.tensors, dtype)
+        record = original.record()
+        pieces = progress(read_pieces(weights, wanted, target), len(wanted), "converting")
         with new_folder(out, force=force) as work:
-            write_checkpoint(work, config, record, target, pieces)
+            write_checkpoint(work, original.config, record, target, pieces)
     return Report(
         out=out,
         dtype=target.name,
-        parameters=count_parameters(config),
+        parameters=count_parameters(original.config),
         num_bytes=(out / WEIGHTS_FILE).stat().st_size,
         source=record,
     )
 
 
-def _check_apart(source: Path, out: Path) -> None:
+def check_dtype(dtype: str | None) -> None:
+    """Raises ConfigError unless `dtype` is None or one that we store."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Raises InputError if writing `out` would remove the source."""
     here, there = source.resolve(), out.resolve()
     if here == there or there in here.parents:
         raise InputError(f"{out} holds the source, {source}; choose another name for the result")
 
 
-def _target_dtype(weights: Weights, asked: DTypeName | None) -> np.dtype:
+def target_dtype(tensors: Mapping[str, StoredTensor], asked: DTypeName | None) -> np.dtype:
+    """Says in which dtype parameters are written.
+
+    Args:
+        tensors: what is converted.
+        asked: the user's wish, or None.
+
+    Returns:
+        The wish, or the dtype of all tensors.
+
+    Raises:
+        CheckpointError: a tensor has a dtype that cannot be read.
+        InputError: tensors have several dtypes, or one that we do not store, and there is no wish.
+    """
     stored: dict[str, str] = {}  # dtype -> one tensor that has it
-    for name, tensor in weights.tensors.items():
+    for name, tensor in tensors.items():
         stored.setdefault(tensor.dtype, name)
     for kind, name in stored.items():
         if kind not in _STORED:
             raise CheckpointError(
-                f"{weights.tensors[name].path}: {name} is {kind}; {', '.join(_STORED)} can be read"
+                f"{tensors[name].path}: {name} is {kind}; {', '.join(_STORED)} can be read"
             )
     if asked is not None:
         return DTYPES[asked]
@@ -143,12 +158,27 @@ def _target_dtype(weights: Weights, asked: DTypeName | None) -> np.dtype:
     )
 
 
-def _pieces(
-    weights: Weights, wanted: list[Entry], dtype: np.dtype
+def read_pieces(
+    weights: Weights | MetaWeights, wanted: Sequence[Entry], dtype: np.dtype
 ) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Reads tensors in our layout, one at a time, for `write_checkpoint`.
+
+    Args:
+        weights: open weights.
+        wanted: which tensors, in the order of `parameter_shapes`.
+        dtype: of what is read.
+
+    Yields:
+        Our flat name, and a row of our tensor (or all of it, where it is not stacked).
+
+    Raises:
+        CheckpointError: a value is not finite.
+    """
     for entry in wanted:
-        value = entry.transform.to_ours(weights.read(entry.hf)).astype(dtype, copy=False)
+        value = entry.take(weights.read(entry.theirs)).astype(dtype, copy=False)
         if not np.isfinite(value).all():
-            path = weights.tensors[entry.hf].path
-            raise CheckpointError(f"{path}: {entry.hf} holds values that are not finite in {dtype}")
+            path = weights.tensors[entry.theirs].path
+            raise CheckpointError(
+                f"{path}: {entry.theirs} holds values that are not finite in {dtype}"
+            )
         yield entry.ours, value if entry.layer is None else value[None]

@@ -10,14 +10,16 @@ from safetensors import safe_open
 
 from jvjepa.config import ModelConfig
 from jvjepa.convert.conversion import Report
-from jvjepa.convert.huggingface import Entry, entries, to_hf_config
+from jvjepa.convert.huggingface import hf_entries, to_hf_config
 from jvjepa.convert.progress import progress
 from jvjepa.convert.source import CONFIG_FILE, PREPROCESSOR_FILES, WEIGHTS_FILE
+from jvjepa.convert.tables import Entry, expected_shapes
 from jvjepa.errors import ConfigError
+from jvjepa.parameters import count_parameters
 from jvjepa.storage import check_free, new_folder, open_safetensors, write_safetensors
 from jvjepa.weights import CONFIG_FILE as OUR_CONFIG_FILE
 from jvjepa.weights import WEIGHTS_FILE as OUR_WEIGHTS_FILE
-from jvjepa.weights import check_stored, count_parameters, read_record
+from jvjepa.weights import check_stored, read_record
 
 
 def export_hf(model: str | Path, out: str | Path, *, force: bool = False) -> Report:
@@ -47,8 +49,8 @@ def export_hf(model: str | Path, out: str | Path, *, force: bool = False) -> Rep
         raise ConfigError(f"{model / OUR_CONFIG_FILE}: {error}") from None
     with open_safetensors(model / OUR_WEIGHTS_FILE) as file:
         dtype = check_stored(model / OUR_WEIGHTS_FILE, file, config)
-        wanted = entries(config)
-        shapes = {entry.hf: entry.hf_shape for entry in wanted}
+        wanted = hf_entries(config)
+        shapes = expected_shapes(wanted)
         pieces = progress(_pieces(file, wanted, config), len(wanted), "exporting")
         with new_folder(out, force=force) as work:
             _write_json(work / CONFIG_FILE, _with_dtype(hf_config, dtype.name))
@@ -64,29 +66,19 @@ def export_hf(model: str | Path, out: str | Path, *, force: bool = False) -> Rep
     )
 
 
-def read_piece(file: safe_open, entry: Entry, config: ModelConfig) -> NDArray[Any]:
-    """Reads the tensor of one entry out of our file, in Hugging Face's layout.
-
-    Args:
-        file: our open weight file.
-        entry: which tensor.
-        config: the architecture.
-
-    Returns:
-        An array of `entry.hf_shape`.
-    """
-    if entry.layer is None:
-        value = file.get_tensor(entry.ours)
-    else:
-        value = file.get_slice(entry.ours)[entry.layer]
-    return entry.transform.to_hf(value, config.encoder)
-
-
 def _pieces(
     file: safe_open, wanted: list[Entry], config: ModelConfig
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     for entry in wanted:
-        yield entry.hf, read_piece(file, entry, config)
+        value = read_piece(file, entry)
+        yield entry.theirs, entry.transform.to_theirs(value, config.encoder)
+
+
+def read_piece(file: safe_open, entry: Entry) -> NDArray[Any]:
+    """Reads the tensor of one entry (of one layer) out of our open weight file, in our layout."""
+    if entry.layer is None:
+        return file.get_tensor(entry.ours)
+    return file.get_slice(entry.ours)[entry.layer]
 
 
 def _with_dtype(hf_config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -24,13 +24,13 @@ class Checkpoint:
     """A source on this machine.
 
     Args:
-        name: the hub id, or the folder as it was given.
-        folder: where it lies.
+        name: the hub id, or the folder or file as it was given.
+        path: where it lies: a folder, or one of Meta's `.pt` files.
         revision: the hub's commit, or "".
     """
 
     name: str
-    folder: Path
+    path: Path
     revision: str
 
 
@@ -38,41 +38,52 @@ def resolve(source: str, revision: str | None = None) -> Checkpoint:
     """Finds a checkpoint, and downloads it where it is not here yet.
 
     Args:
-        source: a folder; a released checkpoint's name ("vjepa2-vitl-fpc64-256"); or a hub id
-            ("facebook/vjepa2-vitl-fpc64-256"). A folder that exists wins.
+        source: a folder; a `.pt` file; a released checkpoint's name ("vjepa2-vitl-fpc64-256"); or
+            a hub id ("facebook/vjepa2-vitl-fpc64-256"). What exists here wins.
         revision: a branch, tag or commit of the hub's; None takes its main branch.
 
     Returns:
-        The folder, with only the files that a conversion reads.
+        The folder, with only the files that a conversion reads, or the file.
 
     Raises:
         InputError: it is none of these, does not exist, or is not in the cache and cannot be
             downloaded.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() or is_torch_file(path):
         if revision is not None:
-            raise InputError(f"revision {revision!r} is for hub ids, and {source} is a folder")
-        return Checkpoint(name=source, folder=path, revision="")
-    if path.suffix in (".pt", ".pth"):
-        raise InputError(
-            f"{source}: Meta's .pt files are not supported yet; convert the same model from the "
-            "hub, such as facebook/vjepa2-vitl-fpc64-256"
-        )
+            raise InputError(f"revision {revision!r} is for hub ids, and {source} is here")
+        if not path.exists():
+            raise InputError(f"{source} does not exist")
+        return Checkpoint(name=source, path=path, revision="")
     if path.exists():
-        raise InputError(f"{source} is a file; SOURCE must be a folder, a name, or a hub id")
+        raise InputError(
+            f"{source} is a file; SOURCE must be a folder, a .pt file, a name, or a hub id"
+        )
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(f"{source} is not a folder, and cannot be a hub id (owner/name) either")
     repo = source if "/" in source else _registered(source)
     folder = _download(source, repo, revision)
-    return Checkpoint(name=repo, folder=folder, revision=folder.name)
+    return Checkpoint(name=repo, path=folder, revision=folder.name)
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a path is called as a file of torch.save is, and is no folder."""
+    return path.suffix in (".pt", ".pth", ".tar") and not path.is_dir()
 
 
 def _registered(name: str) -> str:
     try:
-        return registry.get(name).repo
+        release = registry.get(name)
     except InputError as error:
         raise InputError(f"{name!r} is not a folder, and {error}") from None
+    if release.source.startswith("https:"):
+        file = release.source.rpartition("/")[2]
+        raise InputError(
+            f"{name} is a .pt file of Meta's: fetch it with curl -O {release.source} and convert "
+            f"{file}"
+        )
+    return release.source
 
 
 def _download(source: str, repo: str, revision: str | None) -> Path:
@@ -108,7 +119,8 @@ def _known(repo: str) -> str:
     owner, _, name = repo.partition("/")
     if name in registry.RELEASES or not (owner == "facebook" or name.startswith("vjepa")):
         return ""
-    return f"; the released checkpoints are {', '.join(registry.RELEASES)}"
+    on_the_hub = [n for n, r in registry.RELEASES.items() if r.source.endswith(n)]
+    return f"; the released checkpoints are {', '.join(on_the_hub)}"
 
 
 def _line(reason: object) -> str:

@@ -3,97 +3,50 @@
 Reference: `modeling_vjepa2.py` and `configuration_vjepa2.py` of transformers 5.23.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Mapping
+from typing import Any
 
 from jvjepa.config import ClassifierConfig, EncoderConfig, ModelConfig, PredictorConfig
+from jvjepa.convert.tables import (
+    CONV3D,
+    MASK_TOKENS,
+    QUERY_TOKENS,
+    Entry,
+    Row,
+    dense,
+    entries,
+    norm,
+)
 from jvjepa.errors import ConfigError
-from jvjepa.weights import parameter_shapes
 
 # --- Tensors ------------------------------------------------------------------------------------
-
-
-class Transform(NamedTuple):
-    """How one tensor (of one layer) is rearranged; no value changes.
-
-    Args:
-        to_ours: from Hugging Face's layout to ours.
-        to_hf: the way back; the configuration gives the sizes that ours has merged.
-    """
-
-    to_ours: Callable[[NDArray[Any]], NDArray[Any]]
-    to_hf: Callable[[NDArray[Any], EncoderConfig], NDArray[Any]]
-
-
-class Row(NamedTuple):
-    """One line of the table.
-
-    Args:
-        hf: the name in an encoder's checkpoint; `{i}` stands for the layer.
-        ours: our flat name, of the whole stack where `hf` has `{i}`.
-        transform: how one layer's tensor is rearranged.
-    """
-
-    hf: str
-    ours: str
-    transform: Transform
-
-
-COPY = Transform(lambda x: x, lambda x, config: x)
-LINEAR = Transform(lambda x: x.T, lambda x, config: x.T)  # [out, in] <-> [in, out]
-CONV3D = Transform(  # [D, 3, t, p, p] <-> [t·p·p·3, D]
-    lambda x: x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0]),
-    lambda x, config: x.reshape(
-        config.tubelet_size, config.patch_size, config.patch_size, 3, -1
-    ).transpose(4, 3, 0, 1, 2),
-)
-MASK_TOKENS = Transform(lambda x: x[:, 0, 0], lambda x, config: x[:, None, None])
-QUERY_TOKENS = Transform(lambda x: x[0], lambda x, config: x[None])
-
-
-def _layer(hf: str, ours: str, kernel: Transform = LINEAR) -> tuple[Row, ...]:
-    return (
-        Row(f"{hf}.weight", f"{ours}/kernel", kernel),
-        Row(f"{hf}.bias", f"{ours}/bias", COPY),
-    )
-
-
-def _norm(hf: str, ours: str) -> tuple[Row, ...]:
-    return (
-        Row(f"{hf}.weight", f"{ours}/scale", COPY),
-        Row(f"{hf}.bias", f"{ours}/bias", COPY),
-    )
 
 
 def _block(hf: str, ours: str) -> tuple[Row, ...]:
     """A block of the encoder or the predictor."""
     return (
-        *_norm(f"{hf}.norm1", f"{ours}/norm1"),
-        *_layer(f"{hf}.attention.query", f"{ours}/attention/query"),
-        *_layer(f"{hf}.attention.key", f"{ours}/attention/key"),
-        *_layer(f"{hf}.attention.value", f"{ours}/attention/value"),
-        *_layer(f"{hf}.attention.proj", f"{ours}/attention/proj"),
-        *_norm(f"{hf}.norm2", f"{ours}/norm2"),
-        *_layer(f"{hf}.mlp.fc1", f"{ours}/mlp/fc1"),
-        *_layer(f"{hf}.mlp.fc2", f"{ours}/mlp/fc2"),
+        *norm(f"{hf}.norm1", f"{ours}/norm1"),
+        *dense(f"{hf}.attention.query", f"{ours}/attention/query"),
+        *dense(f"{hf}.attention.key", f"{ours}/attention/key"),
+        *dense(f"{hf}.attention.value", f"{ours}/attention/value"),
+        *dense(f"{hf}.attention.proj", f"{ours}/attention/proj"),
+        *norm(f"{hf}.norm2", f"{ours}/norm2"),
+        *dense(f"{hf}.mlp.fc1", f"{ours}/mlp/fc1"),
+        *dense(f"{hf}.mlp.fc2", f"{ours}/mlp/fc2"),
     )
 
 
 def _pooler_block(hf: str, attention: str, ours: str) -> tuple[Row, ...]:
     """A block of the pooler without the output projection, which only its self-attention has."""
     return (
-        *_norm(f"{hf}.layer_norm1", f"{ours}/norm1"),
-        *_layer(f"{hf}.{attention}.q_proj", f"{ours}/attention/query"),
-        *_layer(f"{hf}.{attention}.k_proj", f"{ours}/attention/key"),
-        *_layer(f"{hf}.{attention}.v_proj", f"{ours}/attention/value"),
-        *_norm(f"{hf}.layer_norm2", f"{ours}/norm2"),
-        *_layer(f"{hf}.mlp.fc1", f"{ours}/mlp/fc1"),
-        *_layer(f"{hf}.mlp.fc2", f"{ours}/mlp/fc2"),
+        *norm(f"{hf}.layer_norm1", f"{ours}/norm1"),
+        *dense(f"{hf}.{attention}.q_proj", f"{ours}/attention/query"),
+        *dense(f"{hf}.{attention}.k_proj", f"{ours}/attention/key"),
+        *dense(f"{hf}.{attention}.v_proj", f"{ours}/attention/value"),
+        *norm(f"{hf}.layer_norm2", f"{ours}/norm2"),
+        *dense(f"{hf}.mlp.fc1", f"{ours}/mlp/fc1"),
+        *dense(f"{hf}.mlp.fc2", f"{ours}/mlp/fc2"),
     )
 
 
@@ -101,70 +54,30 @@ _SELF = "pooler.self_attention_layers.{i}"
 _CROSS = "pooler.cross_attention_layer"
 
 TABLE: tuple[Row, ...] = (
-    *_layer("encoder.embeddings.patch_embeddings.proj", "encoder/patch_embed", CONV3D),
+    *dense("encoder.embeddings.patch_embeddings.proj", "encoder/patch_embed", CONV3D),
     *_block("encoder.layer.{i}", "encoder/blocks"),
-    *_norm("encoder.layernorm", "encoder/norm"),
-    *_layer("predictor.embeddings.predictor_embeddings", "predictor/embed"),
+    *norm("encoder.layernorm", "encoder/norm"),
+    *dense("predictor.embeddings.predictor_embeddings", "predictor/embed"),
     Row("predictor.embeddings.mask_tokens", "predictor/mask_tokens", MASK_TOKENS),
     *_block("predictor.layer.{i}", "predictor/blocks"),
-    *_norm("predictor.layernorm", "predictor/norm"),
-    *_layer("predictor.proj", "predictor/proj"),
-    Row("pooler.query_tokens", "pooler/query_tokens", QUERY_TOKENS),
-    *_pooler_block(_SELF, "self_attn", "pooler/blocks"),
-    *_layer(f"{_SELF}.self_attn.out_proj", "pooler/blocks/attention/proj"),
-    *_pooler_block(_CROSS, "cross_attn", "pooler/cross_attention"),
-    *_layer("classifier", "classifier"),
+    *norm("predictor.layernorm", "predictor/norm"),
+    *dense("predictor.proj", "predictor/proj"),
+    Row("pooler.query_tokens", "classifier/pooler/query_tokens", QUERY_TOKENS),
+    *_pooler_block(_SELF, "self_attn", "classifier/pooler/blocks"),
+    *dense(f"{_SELF}.self_attn.out_proj", "classifier/pooler/blocks/attention/proj"),
+    *_pooler_block(_CROSS, "cross_attn", "classifier/pooler/cross_attention"),
+    *dense("classifier", "classifier/linear"),
 )
-_BY_OURS = {row.ours: row for row in TABLE}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One tensor of Hugging Face's and its place in ours.
+def hf_entries(config: ModelConfig) -> list[Entry]:
+    """Lists every tensor of a Hugging Face checkpoint; see `jvjepa.convert.tables.entries`."""
 
-    Args:
-        hf: its name.
-        hf_shape: its shape.
-        ours: our flat name.
-        layer: its row in our stack; None where ours is not stacked.
-        transform: how it is rearranged.
-    """
+    def rename(name: str) -> str:
+        inner = config.classifier is not None and name.startswith(("encoder.", "predictor."))
+        return f"vjepa2.{name}" if inner else name
 
-    hf: str
-    hf_shape: tuple[int, ...]
-    ours: str
-    layer: int | None
-    transform: Transform
-
-    @property
-    def part(self) -> str:
-        """Which part it belongs to: encoder, predictor, pooler or classifier."""
-        return self.ours.split("/")[0]
-
-
-def entries(config: ModelConfig) -> list[Entry]:
-    """Lists every tensor of a checkpoint.
-
-    Args:
-        config: the architecture.
-
-    Returns:
-        One entry for each tensor of Hugging Face's, in the order of `parameter_shapes`, layers
-        ascending.
-    """
-    found = []
-    for ours, shape in parameter_shapes(config).items():
-        row = _BY_OURS[ours]
-        stacked = "{i}" in row.hf
-        prefix = "vjepa2." if config.classifier and row.hf.startswith(("enc", "pred")) else ""
-        piece = np.broadcast_to(np.float32(0), shape[1:] if stacked else shape)  # takes no memory
-        hf_shape = row.transform.to_hf(piece, config.encoder).shape
-        for layer in range(shape[0]) if stacked else (None,):
-            name = prefix + row.hf.replace("{i}", str(layer))
-            found.append(
-                Entry(hf=name, hf_shape=hf_shape, ours=ours, layer=layer, transform=row.transform)
-            )
-    return found
+    return entries(config, TABLE, rename)
 
 
 # --- config.json --------------------------------------------------------------------------------
@@ -249,6 +162,7 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
         num_heads=hf["pred_num_attention_heads"],
         mlp_dim=_mlp_dim(hf, "pred_hidden_size", "pred_mlp_ratio"),
         num_mask_tokens=hf["pred_num_mask_tokens"],
+        layer_norm_eps=hf["layer_norm_eps"],
     )
     classifier = None
     if _has_classifier(hf):
@@ -279,9 +193,14 @@ def to_hf_config(config: ModelConfig, base: Mapping[str, Any] | None) -> dict[st
     """
     encoder, predictor, classifier = config.encoder, config.predictor, config.classifier
     if encoder.rope != "tiled":
-        raise ConfigError(f"rope = {encoder.rope!r}: Hugging Face's V-JEPA 2 only does 'tiled'")
+        raise ConfigError(
+            f"rope = {encoder.rope!r}: this is V-JEPA 2.1, and transformers only has V-JEPA 2"
+        )
+    if config.action_predictor is not None:
+        raise ConfigError("this is V-JEPA 2-AC, which transformers does not have")
     if predictor is None:
         raise ConfigError("there is no predictor; Hugging Face's V-JEPA 2 cannot be without one")
+    _check_same(predictor, encoder, "layer_norm_eps")
     old = {"model_type": "vjepa2", **DEFAULTS} if base is None else dict(base)
     meant = {**DEFAULTS, **old}
     new: dict[str, Any] = {
@@ -302,19 +221,30 @@ def to_hf_config(config: ModelConfig, base: Mapping[str, Any] | None) -> dict[st
         "pred_num_mask_tokens": predictor.num_mask_tokens,
     }
     if classifier is not None:
-        for field in ("num_heads", "layer_norm_eps"):
-            value, right = getattr(classifier, field), getattr(encoder, field)
-            if value != right:
-                raise ConfigError(
-                    f"ClassifierConfig.{field} = {value!r}: in Hugging Face's V-JEPA 2 it is "
-                    f"always the encoder's, {right!r}"
-                )
+        _check_same(classifier, encoder, "num_heads", "layer_norm_eps")
+        if classifier.layers:
+            raise ConfigError(
+                f"ClassifierConfig.layers = {classifier.layers}: Hugging Face's V-JEPA 2 feeds its "
+                "pooler the last layer alone"
+            )
         new["num_pooler_layers"] = classifier.num_layers
         names = {str(i): name for i, name in enumerate(classifier.labels)}
         if dict(meant.get("id2label") or {}) != names:
             new["id2label"] = names
             new["label2id"] = {name: i for i, name in enumerate(classifier.labels)}
     return {**old, **{key: value for key, value in new.items() if meant.get(key) != value}}
+
+
+def _check_same(
+    part: PredictorConfig | ClassifierConfig, encoder: EncoderConfig, *fields: str
+) -> None:
+    for field in fields:
+        value, right = getattr(part, field), getattr(encoder, field)
+        if value != right:
+            raise ConfigError(
+                f"{type(part).__name__}.{field} = {value!r}: in Hugging Face's V-JEPA 2 it is "
+                f"always the encoder's, {right!r}"
+            )
 
 
 def _has_classifier(hf: Mapping[str, Any]) -> bool:

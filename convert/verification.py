@@ -1,53 +1,42 @@
 """Proof that a converted checkpoint means the same as the PyTorch original."""
 
+import contextlib
 import dataclasses
-import functools
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
+from safetensors import safe_open
 
 from jvjepa import weights as our_weights
 from jvjepa.config import ModelConfig
 from jvjepa.convert import hub
+from jvjepa.convert.architecture import Hints
+from jvjepa.convert.comparison import (
+    PartCheck,
+    Size,
+    compare_classifier,
+    compare_parts,
+    relative_error,
+)
 from jvjepa.convert.exporting import read_piece
-from jvjepa.convert.huggingface import Entry, entries
-from jvjepa.convert.source import Weights, open_weights, read_config
-from jvjepa.encoder import Encoder
+from jvjepa.convert.huggingface import hf_entries
+from jvjepa.convert.meta import MetaWeights, meta_entries, open_parts
+from jvjepa.convert.opening import Original, open_original
+from jvjepa.convert.source import Weights
+from jvjepa.convert.tables import Entry, expected_shapes
+from jvjepa.convert.torchfile import open_torch
 from jvjepa.errors import InputError
 from jvjepa.storage import open_safetensors
-from jvjepa.typing import Array
+from jvjepa.weights import Source, check_names
 
 if TYPE_CHECKING:
+    import torch
+
+    from jvjepa.convert.official import Official
     from jvjepa.convert.oracle import Oracle
-
-TOLERANCE = 1e-4  # relative, for whole models in float32
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PartCheck:
-    """How far one part is from the original.
-
-    Args:
-        name: the part.
-        error: largest difference over the largest value of the original.
-        tolerance: the error that is still good.
-        detail: what was compared, and where the error is.
-    """
-
-    name: str
-    error: float
-    tolerance: float
-    detail: str
-
-    @property
-    def ok(self) -> bool:
-        """Whether the error is within the tolerance; a NaN is not."""
-        return self.error <= self.tolerance
 
 
 def verify(
@@ -55,171 +44,146 @@ def verify(
     source: str,
     *,
     revision: str | None = None,
+    probe: str | Path | None = None,
     frames: int = 4,
     clips: int = 2,
     seed: int = 0,
 ) -> list[PartCheck]:
-    """Compares a converted checkpoint with the original, run by transformers in float32.
+    """Compares a converted checkpoint with the original, run by PyTorch in float32.
 
-    Every weight must be the source's, rounded to our dtype, bit by bit. The encoder's outputs on
-    random clips must agree; for a bfloat16 checkpoint with the original that has its weights
+    Every weight must be the source's, rounded to our dtype, bit by bit. The outputs of every part
+    on random input must agree; for a bfloat16 checkpoint with the original that has its weights
     rounded to bfloat16, so that the same tolerance holds.
+
+    The original runs in transformers, which has V-JEPA 2. V-JEPA 2.1, 2-AC and Meta's probes run in
+    `jvjepa.convert.official`, a port of Meta's code to which its tests hold Meta's own outputs. The
+    checks say which it was.
 
     Args:
         model: the converted checkpoint.
-        source: what it was converted from: a folder, a released checkpoint's name, or a hub id.
+        source: what it was converted from: a folder, a `.pt` file, a released checkpoint's name, or
+            a hub id.
         revision: the hub's branch, tag or commit.
+        probe: the probe that was attached to it, if one was.
         frames: frames of a clip, a multiple of the tubelet size.
         clips: clips, at least 1.
-        seed: of the random clips.
+        seed: of the random input.
 
     Returns:
-        One check for each part.
+        One check for each comparison.
 
     Raises:
-        InputError: one of the two cannot be read, they are not of the same architecture, or torch
-            and transformers are not installed.
+        InputError: one of them cannot be read, they are not of the same architecture, or torch and
+            transformers are not installed.
     """
-    model, found = Path(model), hub.resolve(source, revision)
-    config, _ = our_weights.read_record(model)
+    model = Path(model)
+    config, record = our_weights.read_record(model)
     tubelet = config.encoder.tubelet_size
     if frames < tubelet or frames % tubelet:
         raise InputError(f"frames = {frames}; it must be a multiple of {tubelet}")
     if clips < 1:
         raise InputError(f"clips = {clips}; it must be at least 1")
-    oracle_class = _oracle_class()
-    _, hf_config = read_config(found.folder)
-    with open_weights(found.folder) as weights:
-        expected = {entry.hf: entry.hf_shape for entry in entries(config)}
-        our_weights.check_names(f"{found.folder}, for {model}", weights.shapes, expected)
-        stored, checks = _check_weights(model, config, weights)
-    oracle = oracle_class(
-        found.folder, classifier=hf_config.classifier is not None, rounding=stored
+    attached = record.probe if record else None
+    if attached and probe is None:
+        raise InputError(f"{model} has the probe of {attached.name}; give it with --probe")
+    if probe is not None and not attached:
+        raise InputError(f"{model} was made without a probe, and there is nothing to compare")
+    _require_torch()
+    inner = dataclasses.replace(config, classifier=None) if attached else config
+    rng = np.random.default_rng(seed)
+    path = model / our_weights.WEIGHTS_FILE
+    with contextlib.ExitStack() as stack:
+        original = stack.enter_context(_open(source, revision, inner, record))
+        is_hf = original.hf_config is not None
+        wanted = (hf_entries if is_hf else meta_entries)(inner)
+        where = f"{original.path}, for {model}"
+        check_names(where, original.weights.shapes, expected_shapes(wanted))
+        file = stack.enter_context(open_safetensors(path))
+        dtype = our_weights.check_stored(path, file, config)
+        checks = list(_check_weights(file, original.weights, wanted, dtype))
+        loaded = our_weights.load(model, dtype="float32")
+        oracle = _oracle(original, inner, dtype.name)
+        size = Size(clips=clips, frames=frames, rounded=dtype.name == "bfloat16")
+        checks += compare_parts(loaded, inner, oracle, size, rng)
+        if attached:
+            theirs = stack.enter_context(_open_probe(Path(probe), attached))
+            wanted = [entry for entry in meta_entries(config) if entry.part == "classifier"]
+            check_names(f"{probe}, for {model}", theirs.shapes, expected_shapes(wanted))
+            checks += _check_weights(file, theirs, wanted, dtype)
+            port = _official(config, {"classifier": theirs.part("classifier")}, dtype.name)
+            checks.append(compare_classifier(loaded, port, size, rng))
+    return checks
+
+
+def _require_torch() -> None:
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"verify needs {name}: pip install 'jvjepa[torch]' brings it")
+
+
+def _open(
+    source: str, revision: str | None, config: ModelConfig, record: Source | None
+) -> contextlib.AbstractContextManager[Original]:
+    """Opens the source as it was opened to convert it."""
+    if not hub.is_torch_file(Path(source)):
+        return open_original(source, revision=revision, key=None, hints=Hints())
+    predictor = config.predictor or config.action_predictor
+    hints = Hints(
+        heads=config.encoder.num_heads,
+        predictor_heads=predictor.num_heads if predictor else None,
+        crop_size=config.crop_size,
     )
-    clip = (clips, frames, config.crop_size, config.crop_size, 3)
-    return [*_check_encoder(model, oracle, clip, stored, np.random.default_rng(seed)), *checks]
+    key = record.keys.get("encoder") if record else None
+    return open_original(source, revision=revision, key=key, hints=hints)
 
 
-def _oracle_class() -> type["Oracle"]:
-    try:
-        from jvjepa.convert.oracle import Oracle
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
-        raise InputError(
-            f"verify needs {error.name}: pip install 'jvjepa[torch]' brings it"
-        ) from None
-    return Oracle
+@contextlib.contextmanager
+def _open_probe(path: Path, attached: Source) -> Iterator[MetaWeights]:
+    index = int(attached.keys["classifier"].removeprefix("classifiers[").removesuffix("]"))
+    with open_torch(path) as file:
+        yield open_parts(file, {"classifier": ("classifiers", index)})
 
 
-def _check_encoder(
-    model: Path,
-    oracle: "Oracle",
-    clip: tuple[int, ...],
-    stored: str,
-    rng: np.random.Generator,
-) -> Iterator[PartCheck]:
-    """Compares the encoder's outputs; positions are by the config's grid, as in their code."""
-    loaded = our_weights.load(model, dtype="float32")
-    config = dataclasses.replace(loaded.config.encoder, rope_grid="config")
-    encoder: Encoder = loaded.encoder.clone(config=config)
-    params = {"params": loaded.params["encoder"]}
-    how = "float32"
-    if stored == "bfloat16":
-        how += ", the original's weights rounded to bfloat16 as ours are"
+def _oracle(original: Original, config: ModelConfig, rounding: str) -> "Oracle | Official":
+    from jvjepa.convert.oracle import Oracle
 
-    def ours(video: NDArray[Any], keep: NDArray[Any] | None = None) -> Array:
-        with jax.default_matmul_precision("float32"):
-            ids = None if keep is None else jnp.asarray(keep)
-            return jax.jit(encoder.apply)(params, jnp.asarray(video), ids)
+    if not isinstance(original.weights, MetaWeights):
+        classifies = config.classifier is not None
+        return Oracle.from_folder(original.path, classifier=classifies, rounding=rounding)
+    weights = {part: original.weights.part(part) for part in original.weights.parts}
+    if config.encoder.rope == "tiled" and config.predictor is not None:
+        return Oracle.from_meta(config, **weights, rounding=rounding)
+    return _official(config, weights, rounding)
 
-    def random(*shape: int) -> NDArray[np.float32]:
-        return rng.standard_normal(shape, dtype=np.float32)
 
-    check = functools.partial(PartCheck, tolerance=TOLERANCE)
-    clips, frames, height, width, _ = clip
-    video = random(*clip)
-    error = relative_error(ours(video), oracle.tokens(video))
-    yield check(name="encoder", error=error, detail=f"{_size(video)}, {how}")
+def _official(
+    config: ModelConfig, weights: "dict[str, dict[str, torch.Tensor]]", rounding: str
+) -> "Official":
+    from jvjepa.convert.official import Official
 
-    single = random(clips, 1, height, width, 3)
-    error = relative_error(ours(single), oracle.tokens(single))
-    yield check(name="encoder, one frame", error=error, detail=f"{_size(single)}, {how}")
-
-    wide = random(clips, frames, height, width + config.patch_size, 3)
-    error = relative_error(ours(wide), oracle.tokens(wide))
-    yield check(
-        name="encoder, another grid",
-        error=error,
-        detail=f"{_size(wide)}, rope_grid='config' as in their code, {how}",
-    )
-
-    num_tokens = frames // config.tubelet_size * config.config_grid**2
-    ids = rng.permuted(np.tile(np.arange(num_tokens, dtype=np.int32), (clips, 1)), axis=1)
-    keep = ids[:, : max(1, num_tokens // 3)]
-    error = relative_error(ours(video, keep), oracle.masked(video, keep))
-    seen = f"{keep.shape[1]} of {num_tokens} tokens"
-    yield check(name="encoder, masked", error=error, detail=f"{_size(video)}, {seen}, {how}")
-
-    with jax.default_matmul_precision("float32"):
-        layers = jax.jit(functools.partial(encoder.apply, method="layers"))
-        outputs = layers(params, jnp.asarray(video)).layers
-    errors = list(map(relative_error, outputs, oracle.layers(video)))
-    worst = int(np.argmax(errors))  # the first NaN, if there is one
-    where = f"worst after layer {worst} of {config.num_layers}" if worst else "worst in the patches"
-    yield check(name="encoder, layers", error=errors[worst], detail=f"{where}, {how}")
+    return Official(config, weights, rounding=rounding)
 
 
 def _check_weights(
-    model: Path, config: ModelConfig, weights: Weights
-) -> tuple[str, list[PartCheck]]:
-    """Compares every tensor, taken back to their layout, with theirs rounded to our dtype."""
+    file: safe_open, theirs: Weights | MetaWeights, wanted: list[Entry], dtype: np.dtype
+) -> Iterator[PartCheck]:
+    """Compares every tensor with theirs, brought into our layout and rounded to our dtype."""
     parts: dict[str, list[Entry]] = {}
-    for entry in entries(config):
+    for entry in wanted:
         parts.setdefault(entry.part, []).append(entry)
-    checks = []
-    path = model / our_weights.WEIGHTS_FILE
-    with open_safetensors(path) as file:
-        dtype = our_weights.check_stored(path, file, config)
-        for part, members in parts.items():
-            errors: dict[str, float] = {}
-            for entry in members:
-                theirs = weights.read(entry.hf).astype(dtype)
-                ours = np.ascontiguousarray(read_piece(file, entry, config))
-                if ours.tobytes() != theirs.tobytes():
-                    # A zero of the other sign is a difference too.
-                    errors[entry.hf] = max(relative_error(ours, theirs), 2.0**-1074)
-            detail = f"{len(members)} tensors, bit by bit in {dtype}"
-            if part != "encoder":
-                detail = f"weights compared; no module yet; {detail}"
-            if errors:
-                names = sorted(errors, key=lambda name: -errors[name])
-                detail += f"; {len(names)} differ: {', '.join(names[:3])}"
-                detail += ", .." if len(names) > 3 else ""
-            error = float(np.max([0.0, *errors.values()]))
-            name = "encoder, weights" if part == "encoder" else part
-            checks.append(PartCheck(name=name, error=error, tolerance=0.0, detail=detail))
-    return dtype.name, checks
-
-
-def relative_error(value: Any, reference: Any) -> float:
-    """Largest difference over the largest value of the reference; NaN if either has one.
-
-    Args:
-        value: an array.
-        reference: an array of the same shape.
-
-    Returns:
-        The error, computed in float64.
-    """
-    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
-    if value.shape != reference.shape:
-        raise InputError(f"the shapes {value.shape} and {reference.shape} cannot be compared")
-    scale = np.max(np.abs(reference))
-    difference = np.max(np.abs(value - reference))
-    return float(difference / scale) if scale > 0 else float(difference)
-
-
-def _size(video: NDArray[Any]) -> str:
-    clips, frames, height, width, _ = video.shape
-    return f"{clips} x {frames} frames of {height} x {width}"
+    for part, members in parts.items():
+        errors: dict[str, float] = {}
+        for entry in members:
+            right = np.ascontiguousarray(entry.take(theirs.read(entry.theirs)).astype(dtype))
+            ours = np.ascontiguousarray(read_piece(file, entry))
+            if ours.tobytes() != right.tobytes():
+                # A zero of the other sign is a difference too.
+                errors[entry.theirs] = max(relative_error(ours, right), 2.0**-1074)
+        count = len({entry.theirs for entry in members})
+        detail = f"{count} tensors, bit by bit in {dtype}"
+        if errors:
+            names = sorted(errors, key=lambda name: -errors[name])
+            detail += f"; {len(names)} differ: {', '.join(names[:3])}"
+            detail += ", .." if len(names) > 3 else ""
+        error = float(np.max([0.0, *errors.values()]))
+        yield PartCheck(name=f"{part}, weights", error=error, tolerance=0.0, detail=detail)

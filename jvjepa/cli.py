@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from jvjepa.attention import Backend
+from jvjepa.classification import Combine, classify_command
 from jvjepa.errors import InputError
 from jvjepa.gating import Reference
 from jvjepa.streaming import Pool, Positions
@@ -23,16 +24,41 @@ _Positional = tyro.conf.Positional
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Turn a Hugging Face checkpoint into a jvjepa folder."""
+    """Turn a checkpoint into a jvjepa folder: SOURCE OUT.
+
+    With --probe and --encoder, attach one of Meta's attentive probes to a converted encoder: OUT.
+    """
 
     source: _Positional[str]
-    """A name like vjepa2-vitl-fpc64-256, a hub id, or a Hugging Face folder."""
-    out: _Positional[Path]
+    """A name like vjepa2-vitl-fpc64-256, a hub id, a Hugging Face folder, or a .pt file of Meta's;
+    with --probe the folder to make."""
+    out: _Positional[Path | None] = None
     """The folder to make."""
     dtype: _DType | None = None
     """Dtype of the weights; by default the source's."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    key: Literal["target_encoder", "ema_encoder", "encoder"] | None = None
+    """Which encoder of a .pt file to take; by default the one that Meta's hub loads."""
+    heads: int | None = None
+    """Attention heads of a .pt file's encoder, where no released model has its width."""
+    predictor_heads: int | None = None
+    """The same of its predictor."""
+    crop_size: int | None = None
+    """Pixels of a side of its input, where released models of its sizes differ or there is none."""
+    probe: Path | None = None
+    """A probe's .pt file to attach."""
+    encoder: Path | None = None
+    """The converted folder to attach it to."""
+    labels: Path | None = None
+    """Names of the probe's classes: .json (a list, or Hugging Face's id2label), or a line each."""
+    probe_index: int | None = None
+    """Which classifier of the probe's file, where there are several."""
+    probe_heads: int | None = None
+    """Attention heads of the probe; by default Meta's 16."""
+    probe_layers: tuple[int, ...] | None = None
+    """The encoder's layers that the probe sees; by default the last, or those of the released
+    probe of that file name."""
     force: bool = False
     """Replace OUT."""
 
@@ -59,6 +85,8 @@ class Verify:
     """What it was converted from."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    probe: Path | None = None
+    """The probe that was attached, if one was."""
     frames: int = 4
     """Frames of the random clips, a multiple of 2."""
 
@@ -81,20 +109,86 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embed(Reading):
-    """Embed one clip of a video."""
+    """Embed one clip of a video, or a picture."""
 
     model: _Positional[Path]
     """A converted folder."""
     video: _Positional[str]
-    """A file or a URL of one."""
+    """A file or a URL of one; for V-JEPA 2.1 also a picture."""
     out: Path
     """The .npz to write: embedding [D], times, and tokens [N, D] if asked for."""
     num_frames: int | None = None
     """Frames of the clip; by default as many as the model was trained with."""
     tokens: bool = False
     """Write all tokens too."""
+    repeat_frame: bool = False
+    """Take a picture as a still clip, for models that were trained on video alone."""
     force: bool = False
     """Replace OUT."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features(Reading):
+    """Look at the features of every patch: their main components as colours, or the raw grid."""
+
+    model: _Positional[Path]
+    """A converted folder."""
+    source: _Positional[str]
+    """A video or a picture."""
+    pca: Path | None = None
+    """A .png or .mp4 to draw the three main components into."""
+    npz: Path | None = None
+    """A .npz for the raw grid: features [t, h, w, D], times."""
+    foreground: bool = True
+    """Colour what the first component separates from the background, and nothing else."""
+    num_frames: int | None = None
+    """Frames of the clip; by default as many as the model was trained with."""
+    repeat_frame: bool = False
+    """Take a picture as a still clip, for models that were trained on video alone."""
+    force: bool = False
+    """Replace the files."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classify:
+    """Say what happens in a video, with a checkpoint that has a classifier."""
+
+    model: _Positional[Path]
+    """A converted folder."""
+    video: _Positional[str]
+    """A file."""
+    top: int = 5
+    """Classes to show."""
+    clips: int = 1
+    """Clips, spread over the video."""
+    views: int = 1
+    """Crops of each clip: 1, the middle; 3, along the long side."""
+    num_frames: int | None = None
+    """Frames of a clip; by default as many as the model was trained with."""
+    frame_step: int | None = None
+    """Take every so-manyth frame; by default so that the clips cover the video."""
+    combine: Combine = "tokens"
+    """Let the classifier see the tokens of all clips together, as Meta's evaluation does, or
+    average the probabilities of clips."""
+    json: Path | None = None
+    """A .json to write the result into."""
+    dtype: _DType | None = None
+    """Dtype of the computation; by default that of the weights."""
+    attention: Backend = "auto"
+    """Attention backend."""
+    force: bool = False
+    """Replace the file."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Say what a file or folder is, whether it is whole, and what to type next; exit code 1 if not.
+
+    Nothing in the file is run.
+    """
+
+    path: _Positional[Path]
+    """A converted folder, a Hugging Face folder, a .pt file, or what may be one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +265,10 @@ _Command = (
     Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[ExportHf, tyro.conf.subcommand("export-hf")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[Features, tyro.conf.subcommand("features")]
+    | Annotated[Classify, tyro.conf.subcommand("classify")]
     | Annotated[Stream, tyro.conf.subcommand("stream")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -194,13 +291,17 @@ def run(command: object, console: Console) -> int:
         OSError: a file cannot be read or written.
     """
     from jvjepa import commands  # here, because it imports this module
+    from jvjepa.features import features_command
 
     name = type(command).__name__
     action = {
         "Convert": commands.convert,
         "Verify": commands.verify,
         "ExportHf": commands.export_hf,
+        "Doctor": commands.doctor,
         "Embed": commands.embed,
+        "Features": features_command,
+        "Classify": classify_command,
         "Stream": commands.stream,
         "Calibrate": commands.calibrate,
         "Demo": commands.demo,

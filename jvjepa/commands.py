@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -14,11 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 import jvjepa
-from jvjepa import calibration, cli, plot, registry, video
+from jvjepa import calibration, cli, plot, registry
 from jvjepa.attention import resolve
 from jvjepa.errors import InputError, VideoError
 from jvjepa.gating import Gate
 from jvjepa.live import Result, Session, Tubelet, tubelets
+from jvjepa.parameters import count_parameters, parameter_shapes
+from jvjepa.pictures import read_clip
 from jvjepa.recording import Recorder, Thumbnails, check_output, save_npz
 from jvjepa.storage import open_safetensors
 from jvjepa.weights import (
@@ -26,27 +29,67 @@ from jvjepa.weights import (
     Model,
     Source,
     check_stored,
-    count_parameters,
-    parameter_shapes,
     read_record,
 )
+
+if TYPE_CHECKING:
+    from jvjepa.convert import Report
 
 
 def convert(options: cli.Convert, console: Console) -> int:
     """`jvjepa convert`."""
-    from jvjepa.convert import convert
+    from jvjepa import convert
 
-    report = convert(
-        options.source,
-        options.out,
-        dtype=options.dtype,
-        revision=options.revision,
-        force=options.force,
-    )
+    if options.probe is not None:
+        report = _attach(options)
+    else:
+        of_probe = ("encoder", "labels", "probe_index", "probe_heads", "probe_layers")
+        odd = [name for name in of_probe if getattr(options, name) is not None]
+        if odd or options.out is None:
+            what = f"--{odd[0].replace('_', '-')} is for --probe" if odd else "OUT is missing"
+            raise InputError(f"{what}: jvjepa convert SOURCE OUT")
+        report = convert.convert(
+            options.source,
+            options.out,
+            dtype=options.dtype,
+            revision=options.revision,
+            key=options.key,
+            hints=convert.Hints(
+                heads=options.heads,
+                predictor_heads=options.predictor_heads,
+                crop_size=options.crop_size,
+            ),
+            force=options.force,
+        )
     console.print(f"wrote {report.out}: {report.dtype}, {report.num_bytes / 1e6:,.1f} MB")
     _print_source(report.source, console)
     _print_parameters(report.parameters, console)
     return 0
+
+
+def _attach(options: cli.Convert) -> "Report":
+    from jvjepa.convert import attach_probe, read_labels
+
+    usage = "jvjepa convert --probe FILE.pt --encoder MODEL --labels FILE OUT"
+    of_encoder = ("out", "dtype", "revision", "key", "heads", "predictor_heads", "crop_size")
+    odd = [name for name in of_encoder if getattr(options, name) is not None]
+    if odd:
+        what = "one folder too many" if odd[0] == "out" else f"--{odd[0]} is not for --probe"
+        raise InputError(f"{what}: {usage}")
+    if options.encoder is None:
+        raise InputError(f"a probe needs the converted encoder that it is for: {usage}")
+    if options.labels is None:
+        raise InputError(f"{options.probe} does not name its classes; give --labels: {usage}")
+    return attach_probe(
+        options.probe,
+        options.encoder,
+        options.source,
+        labels=read_labels(options.labels),
+        index=options.probe_index,
+        heads=options.probe_heads,
+        layers=options.probe_layers,
+        force=options.force,
+    )
 
 
 def export_hf(options: cli.ExportHf, console: Console) -> int:
@@ -62,7 +105,13 @@ def verify(options: cli.Verify, console: Console) -> int:
     """`jvjepa verify`."""
     from jvjepa.convert import verify
 
-    checks = verify(options.model, options.source, revision=options.revision, frames=options.frames)
+    checks = verify(
+        options.model,
+        options.source,
+        revision=options.revision,
+        probe=options.probe,
+        frames=options.frames,
+    )
     width = max(len(check.name) for check in checks)
     for check in checks:
         verdict = "ok  " if check.ok else "FAIL"
@@ -71,30 +120,47 @@ def verify(options: cli.Verify, console: Console) -> int:
     return 0 if all(check.ok for check in checks) else 1
 
 
+def doctor(options: cli.Doctor, console: Console) -> int:
+    """`jvjepa doctor`."""
+    from jvjepa.convert import diagnose
+
+    diagnosis = diagnose(options.path)
+    console.print(f"{diagnosis.path}: {diagnosis.kind}")
+    for about, text in diagnosis.facts.items():
+        console.print(f"  {about}: {text}")
+    for problem in diagnosis.problems:
+        console.print(f"problem: {problem}")
+    if not diagnosis.problems:
+        console.print("whole: every tensor is there, in its shape")
+    for command in diagnosis.commands:
+        console.print(f"next: {command}")
+    return 1 if diagnosis.problems else 0
+
+
 def embed(options: cli.Embed, console: Console) -> int:
     """`jvjepa embed`."""
     check_output(options.out, suffix=".npz", force=options.force)
     model = jvjepa.load(options.model, dtype=options.dtype, attention=options.attention)
-    config = model.config.encoder
-    count = config.frames_per_clip if options.num_frames is None else options.num_frames
-    try:
-        frames, times = video.read(
-            options.video, num_frames=count, fps=options.fps, start=options.start, end=options.end
-        )
-    except VideoError as error:
-        short = options.num_frames is None and f"num_frames = {count}" in str(error)
-        hint = "; --num-frames sets another number" if short else ""
-        raise VideoError(f"{error}{hint}") from None
-    pixels = video.preprocess(frames, model.config)
+    clip = read_clip(
+        model.config,
+        options.video,
+        num_frames=options.num_frames,
+        fps=options.fps,
+        start=options.start,
+        end=options.end,
+        repeat_frame=options.repeat_frame,
+    )
     forward = jax.jit(lambda params, clip: model.encoder.apply({"params": params}, clip))
     begin = time.perf_counter()
-    tokens = np.asarray(forward(model.params["encoder"], pixels[None])[0], np.float32)
+    tokens = np.asarray(forward(model.params["encoder"], clip.pixels[None])[0], np.float32)
     seconds = time.perf_counter() - begin
-    arrays = {"embedding": tokens.mean(axis=0), "times": times}
+    arrays = {"embedding": tokens.mean(axis=0), "times": clip.times}
     save_npz(options.out, {**arrays, "tokens": tokens} if options.tokens else arrays)
+    first, last = clip.times[0], clip.times[-1]
+    what = f"{len(clip.pixels)} frames from {first:.2f} to {last:.2f} s"
     console.print(
-        f"{len(frames)} frames from {times[0]:.2f} to {times[-1]:.2f} s, {len(tokens)} tokens, "
-        f"{seconds:.1f} s with compilation; wrote {options.out}"
+        f"{'a picture' if clip.is_picture else what}, {len(tokens)} tokens, {seconds:.1f} s with "
+        f"compilation; wrote {options.out}"
     )
     return 0
 
@@ -231,7 +297,7 @@ def info(options: cli.Info, console: Console) -> int:
         except InputError as error:
             raise InputError(f"{folder} is not a folder, and {error}") from None
         config = release.config
-        console.print(f"{options.model}: released as {release.repo}")
+        console.print(f"{options.model}: released as {release.source}")
     encoder = config.encoder
     console.print(
         f"encoder: width {encoder.hidden_size}, {encoder.num_layers} layers, {encoder.num_heads} "
@@ -258,6 +324,13 @@ def _print_source(source: Source | None, console: Console) -> None:
     revision = f" at {source.revision}" if source.revision else ""
     console.print(f"converted from {source.name}{revision} by jvjepa {source.converter}")
     console.print(f"source's sha256: {source.sha256}")
+    for part, key in source.keys.items():
+        console.print(f"{part} taken from {key!r}")
+    for name, reason in source.dropped.items():
+        console.print(f"left out {name}: {reason}")
+    if source.probe is not None:
+        console.print("classifier attached:")
+        _print_source(source.probe, console)
 
 
 def _print_parameters(counts: dict[str, int], console: Console) -> None:

@@ -36,9 +36,41 @@ def _check_heads(owner: object, width: int, num_heads: int) -> None:
     )
 
 
+def _check_bools(owner: object, *fields: str) -> None:
+    for field in fields:
+        _check(isinstance(getattr(owner, field), bool), owner, field, "true or false")
+
+
+def _check_choices(owner: object, **choices: tuple[str, ...]) -> None:
+    for field, right in choices.items():
+        _check(getattr(owner, field) in right, owner, field, f"one of {right}")
+
+
 def _check_eps(owner: object) -> None:
     eps = getattr(owner, "layer_norm_eps")  # noqa: B009 (the owners share no base class)
     _check(isinstance(eps, float) and 0 < eps < 1, owner, "layer_norm_eps", "between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """A transformer block, whichever part of the model it is in.
+
+    Args:
+        hidden_size: width D of the tokens.
+        num_heads: attention heads H.
+        mlp_dim: width of the MLP's hidden layer.
+        layer_norm_eps: epsilon of the LayerNorms.
+    """
+
+    hidden_size: int
+    num_heads: int
+    mlp_dim: int
+    layer_norm_eps: float
+
+    @property
+    def head_width(self) -> int:
+        """Channels K of one attention head."""
+        return self.hidden_size // self.num_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +92,12 @@ class EncoderConfig:
         rope_grid: where token positions come from: "input" (the true grid of the input, as Meta's
             code does) or "config" (the grid of `crop_size` whatever the input, as Hugging Face's
             code does). The two agree at `crop_size`.
+        interpolate: scale the positions of rows and columns to the grid of 256 pixels, on which
+            V-JEPA 2.1 was pretrained.
+        image_tokenizer: single frames have a patch embedding of their own, and a learned vector
+            tells images from videos (V-JEPA 2.1). Without it a single frame is used twice.
+        levels: the layers, counted from 0, whose outputs have a norm of their own (V-JEPA 2.1); the
+            last is the last layer. () means one norm, after the last layer.
 
     Raises:
         ConfigError: a value is unknown or impossible.
@@ -76,6 +114,9 @@ class EncoderConfig:
     layer_norm_eps: float = 1e-6
     rope: Rope = "tiled"
     rope_grid: RopeGrid = "input"
+    interpolate: bool = False
+    image_tokenizer: bool = False
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -88,15 +129,30 @@ class EncoderConfig:
         side = f"a multiple of patch_size = {self.patch_size}"
         _check(self.crop_size % self.patch_size == 0, self, "crop_size", side)
         _check_eps(self)
-        _check(self.rope in get_args(Rope), self, "rope", f"one of {get_args(Rope)}")
+        _check_choices(self, rope=get_args(Rope), rope_grid=get_args(RopeGrid))
+        _check_bools(self, "interpolate", "image_tokenizer")
         _check(
-            self.rope_grid in get_args(RopeGrid), self, "rope_grid", f"one of {get_args(RopeGrid)}"
+            not self.interpolate or self.patch_size in (14, 16),
+            self,
+            "interpolate",
+            f"false for patch_size = {self.patch_size}; it is defined for 14 and 16",
         )
+        _check_levels(self)
+
+    @property
+    def block(self) -> BlockConfig:
+        """What its transformer blocks are."""
+        return _block(self)
 
     @property
     def head_width(self) -> int:
         """Channels K of one attention head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def num_levels(self) -> int:
+        """How many layers have a norm of their own; 1 where only the last one has."""
+        return max(1, len(self.levels))
 
     @property
     def config_grid(self) -> int:
@@ -119,6 +175,18 @@ class PredictorConfig:
         num_heads: attention heads, a divisor of `hidden_size`.
         mlp_dim: width of the MLP's hidden layer.
         num_mask_tokens: learned mask tokens.
+        layer_norm_eps: epsilon of every LayerNorm.
+        rope: as the encoder's; it must be the same.
+        rope_grid: as the encoder's.
+        interpolate: as the encoder's, and independent of it: Meta's training scales the positions
+            of the 2.1 predictors, Meta's hub does not.
+        num_levels: levels of the encoder that its input holds, one after the other in the channels;
+            with more than 1 a two-layer MLP takes them in (V-JEPA 2.1).
+        output_dim: channels of what it predicts; None means the encoder's width times `num_levels`.
+            Distilled encoders predict their teacher's width.
+        context_projection: it also predicts the visible tokens, through a layer of their own
+            (V-JEPA 2.1).
+        modality_embeddings: a learned vector tells images from videos (V-JEPA 2.1).
 
     Raises:
         ConfigError: a value is impossible.
@@ -129,13 +197,67 @@ class PredictorConfig:
     num_heads: int = 12
     mlp_dim: int = 1536
     num_mask_tokens: int = 10
+    layer_norm_eps: float = 1e-6
+    rope: Rope = "tiled"
+    rope_grid: RopeGrid = "input"
+    interpolate: bool = False
+    num_levels: int = 1
+    output_dim: int | None = None
+    context_projection: bool = False
+    modality_embeddings: bool = False
 
     def __post_init__(self) -> None:
         """Checks every field."""
         _check_positive_ints(
-            self, "hidden_size", "num_layers", "num_heads", "mlp_dim", "num_mask_tokens"
+            self,
+            *("hidden_size", "num_layers", "num_heads", "mlp_dim", "num_mask_tokens"),
+            *("num_levels",) if self.output_dim is None else ("num_levels", "output_dim"),
         )
         _check_heads(self, self.hidden_size, self.num_heads)
+        _check_eps(self)
+        _check_choices(self, rope=get_args(Rope), rope_grid=get_args(RopeGrid))
+        _check_bools(self, "interpolate", "context_projection", "modality_embeddings")
+
+    @property
+    def block(self) -> BlockConfig:
+        """What its transformer blocks are."""
+        return _block(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActionPredictorConfig:
+    """The predictor of V-JEPA 2-AC, which guesses the next frame's tokens from states and actions.
+
+    Args:
+        hidden_size: width of its tokens.
+        num_layers: transformer blocks.
+        num_heads: attention heads, a divisor of `hidden_size`.
+        mlp_dim: width of the MLP's hidden layer.
+        action_dim: numbers in an action and in a state: place, rotation, gripper.
+        layer_norm_eps: epsilon of every LayerNorm.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    hidden_size: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    mlp_dim: int = 4096
+    action_dim: int = 7
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        sizes = ("hidden_size", "num_layers", "num_heads", "mlp_dim", "action_dim")
+        _check_positive_ints(self, *sizes)
+        _check_heads(self, self.hidden_size, self.num_heads)
+        _check_eps(self)
+
+    @property
+    def block(self) -> BlockConfig:
+        """What its transformer blocks are."""
+        return _block(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,8 +267,12 @@ class ClassifierConfig:
     Args:
         labels: class names, in the order of the logits.
         num_layers: self-attention blocks of the pooler, before its one cross-attention block.
-        num_heads: attention heads of the pooler.
-        layer_norm_eps: epsilon of the pooler's LayerNorms.
+        num_heads: attention heads of the pooler. Meta's probes have 16 for every encoder; Hugging
+            Face's code runs them with as many as the encoder has.
+        layer_norm_eps: epsilon of the pooler's LayerNorms: 1e-5 in Meta's probes, the encoder's in
+            Hugging Face's code.
+        layers: the encoder's layers, counted from 0, whose normed tokens the pooler sees one after
+            the other, as Meta's Diving48 probes do; () means the last layer alone.
 
     Raises:
         ConfigError: a value is impossible.
@@ -156,10 +282,12 @@ class ClassifierConfig:
     num_layers: int = 3
     num_heads: int
     layer_norm_eps: float = 1e-6
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks every field."""
         _check_positive_ints(self, "num_layers", "num_heads")
+        _check(_ascending(self.layers), self, "layers", "a tuple of ascending layers")
         strings = isinstance(self.labels, tuple) and all(isinstance(x, str) for x in self.labels)
         _check(strings and len(self.labels) > 0, self, "labels", "a tuple of one or more names")
         _check_eps(self)
@@ -173,6 +301,7 @@ class ModelConfig:
         encoder: the encoder.
         predictor: the predictor, or None.
         classifier: pooler and classifier, or None.
+        action_predictor: the predictor of V-JEPA 2-AC, or None.
 
     Raises:
         ConfigError: the parts do not fit together.
@@ -181,13 +310,34 @@ class ModelConfig:
     encoder: EncoderConfig
     predictor: PredictorConfig | None = None
     classifier: ClassifierConfig | None = None
+    action_predictor: ActionPredictorConfig | None = None
 
     def __post_init__(self) -> None:
-        """Checks that the pooler's heads divide the encoder's width."""
-        if self.classifier is not None:
-            width = self.encoder.hidden_size
+        """Checks that the parts are of one family and fit in width and depth."""
+        encoder, predictor, classifier = self.encoder, self.predictor, self.classifier
+        if predictor is not None:
+            for field, right in (
+                ("rope", encoder.rope),
+                ("modality_embeddings", encoder.image_tokenizer),
+            ):
+                family = f"the encoder's, {right!r}; these parts are of different families"
+                _check(getattr(predictor, field) == right, predictor, field, family)
+            _check(
+                predictor.num_levels in {1, encoder.num_levels},
+                predictor,
+                "num_levels",
+                f"1 or the encoder's number of levels, {encoder.num_levels}",
+            )
+        if self.action_predictor is not None:
+            right = "tiled, as V-JEPA 2-AC's; these parts are of different families"
+            _check(encoder.rope == "tiled", encoder, "rope", right)
+        if classifier is not None:
+            width = encoder.hidden_size
             right = f"a divisor of the encoder's width {width}"
-            _check(width % self.classifier.num_heads == 0, self.classifier, "num_heads", right)
+            _check(width % classifier.num_heads == 0, classifier, "num_heads", right)
+            known = encoder.levels or range(encoder.num_layers)
+            right = f"among the encoder's normed layers, {list(known)}"
+            _check(set(classifier.layers) <= set(known), classifier, "layers", right)
 
     @property
     def crop_size(self) -> int:
@@ -211,23 +361,52 @@ class ModelConfig:
         Raises:
             ConfigError: a field is missing, unknown or impossible.
         """
-        values = dict(values)
-        encoder = _build(EncoderConfig, values.pop("encoder", None))
-        predictor, classifier = values.pop("predictor", None), values.pop("classifier", None)
-        if values:
-            raise ConfigError(f"ModelConfig has no fields {sorted(values)}")
-        if classifier is not None and isinstance(classifier.get("labels"), list):
-            classifier = {**classifier, "labels": tuple(classifier["labels"])}
-        return cls(
-            encoder=encoder,
-            predictor=None if predictor is None else _build(PredictorConfig, predictor),
-            classifier=None if classifier is None else _build(ClassifierConfig, classifier),
-        )
+        unknown = sorted(set(values) - {"encoder", *_OPTIONAL_PARTS})
+        if unknown:
+            raise ConfigError(f"ModelConfig has no fields {unknown}")
+        parts = {
+            name: _build(part, values[name])
+            for name, part in _OPTIONAL_PARTS.items()
+            if values.get(name) is not None
+        }
+        return cls(encoder=_build(EncoderConfig, values.get("encoder")), **parts)
+
+
+_OPTIONAL_PARTS: dict[str, type] = {
+    "predictor": PredictorConfig,
+    "classifier": ClassifierConfig,
+    "action_predictor": ActionPredictorConfig,
+}
+
+
+def _block(part: EncoderConfig | PredictorConfig | ActionPredictorConfig) -> BlockConfig:
+    return BlockConfig(
+        hidden_size=part.hidden_size,
+        num_heads=part.num_heads,
+        mlp_dim=part.mlp_dim,
+        layer_norm_eps=part.layer_norm_eps,
+    )
+
+
+def _ascending(layers: object) -> bool:
+    """Whether it is a tuple of ascending whole numbers from 0."""
+    if not isinstance(layers, tuple) or not all(type(x) is int for x in layers):
+        return False
+    return all(x < y for x, y in zip((-1, *layers), layers, strict=False))
+
+
+def _check_levels(config: EncoderConfig) -> None:
+    last = config.num_layers - 1
+    right = f"() or ascending layers that end with the last one, {last}"
+    fits = not config.levels or config.levels[-1] == last
+    _check(_ascending(config.levels) and fits, config, "levels", right)
 
 
 def _build(cls: type[_T], values: object) -> _T:
     if not isinstance(values, dict):
         raise ConfigError(f"{cls.__name__} must be a JSON object, not {values!r}")
+    # JSON has no tuples.
+    values = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     unknown = sorted(set(values) - {field.name for field in fields})
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}

@@ -1,23 +1,37 @@
-"""The V-JEPA 2 video encoder.
+"""The V-JEPA 2 and 2.1 video encoders.
 
-Reference: `VisionTransformer` of Meta's V-JEPA 2 (`src/models/vision_transformer.py`) and
-`VJEPA2Encoder` of Hugging Face's `modeling_vjepa2.py`; the paper is arXiv:2506.09985.
+Reference: `VisionTransformer` of Meta's V-JEPA 2 (`src/models/vision_transformer.py`) and 2.1
+(`app/vjepa_2_1/models/vision_transformer.py`), and `VJEPA2Encoder` of Hugging Face's
+`modeling_vjepa2.py`; the paper is arXiv:2506.09985.
 """
 
+import bisect
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 
 from jvjepa import rope
 from jvjepa.attention import Backend, check_backend
 from jvjepa.config import EncoderConfig
 from jvjepa.errors import InputError
-from jvjepa.layers import Block, Cache, Dense, LayerNorm, RopeTables, StreamPlan
+from jvjepa.layers import (
+    Cache,
+    Dense,
+    LayerNorm,
+    LevelNorms,
+    RopeTables,
+    StreamPlan,
+    make_blocks,
+    run_blocks,
+)
+from jvjepa.selection import gather
 from jvjepa.typing import Array, DType
+
+modality_init = nn.initializers.normal(stddev=1e-6)
 
 
 class LayerOutputs(NamedTuple):
@@ -36,8 +50,8 @@ class Encoder(nn.Module):
     """Turns video into tokens.
 
     Its parameters hold either all blocks stacked, `{"blocks": [L, ...]}`, or each of its own,
-    `{"blocks_0": ..., "blocks_1": ...}`; `stack_layers` and `unstack_layers` of `jvjepa.weights`
-    convert.
+    `{"blocks_0": ..., "blocks_1": ...}`; `stack_layers` and `unstack_layers` of
+    `jvjepa.parameters` convert.
 
     Args:
         config: the architecture.
@@ -59,25 +73,41 @@ class Encoder(nn.Module):
     def setup(self) -> None:
         """Declares the parts."""
         check_backend(self.attention)
-        part = (self.config, self.dtype, self.param_dtype, self.attention)
-        if self.scan:
-            self.blocks = _scanned(Block, self.config.num_layers)(*part)
+        config, dtypes = self.config, (self.dtype, self.param_dtype)
+        self.patch_embed = Dense(config.hidden_size, *dtypes)
+        if config.image_tokenizer:
+            self.patch_embed_image = Dense(config.hidden_size, *dtypes)
+            shape = (config.hidden_size,)
+            self.image_embed = self.param("image_embed", modality_init, shape, self.param_dtype)
+            self.video_embed = self.param("video_embed", modality_init, shape, self.param_dtype)
+        self.blocks = make_blocks(
+            config.block, config.num_layers, dtypes, self.attention, scan=self.scan
+        )
+        if config.levels:
+            self.norms = LevelNorms(len(config.levels), config.layer_norm_eps, *dtypes)
         else:
-            self.blocks = [Block(*part) for _ in range(self.config.num_layers)]
-        self.patch_embed = Dense(self.config.hidden_size, self.dtype, self.param_dtype)
-        self.norm = LayerNorm(self.config.layer_norm_eps, self.dtype, self.param_dtype)
+            self.norm = LayerNorm(config.layer_norm_eps, *dtypes)
 
     def __call__(
-        self, video: Array, keep: Array | None = None, *, window: int | None = None
+        self,
+        video: Array,
+        keep: Array | None = None,
+        valid: Array | None = None,
+        *,
+        window: int | None = None,
     ) -> Array:
         """Encodes a clip.
 
         Args:
-            video: float [B, T, H, W, 3], ImageNet-normalised. T is 1 (the frame is used twice) or a
-                multiple of 2; H and W are multiples of 16, not necessarily equal.
+            video: float [B, T, H, W, 3], ImageNet-normalised. T is a multiple of 2, or 1: with an
+                image tokenizer that is an image, without one the frame is used twice. H and W are
+                multiples of 16, not necessarily equal.
             keep: int [B, M], the ids of the tokens that the blocks see, others are dropped before
-                the first block; each keeps its own position. Ids outside [0, N) raise, or give NaN
-                where `keep` is traced.
+                the first block; each keeps its own position. Ids outside [0, N) and, within a clip,
+                the same id twice raise; where `keep` is traced, those outside give NaN. (To drop
+                tokens after the blocks, use `jvjepa.selection.gather` on the result.)
+            valid: bool [B, M], False where `keep` is only padding: nobody sees such a token, and
+                what it gives means nothing. None means that all are valid.
             window: tubelets that a token sees: those of its own tubelet and of the window-1 before,
                 none of later ones (the banded block-causal mask). None means that all see all.
 
@@ -85,16 +115,17 @@ class Encoder(nn.Module):
             [B, N, D] (or [B, M, D] with `keep`), after the final norm.
 
         Raises:
-            InputError: the shape or dtype of an argument cannot be right.
+            InputError: the shape, dtype or value of an argument cannot be right.
         """
-        patches = self.embed_patches(video)
-        return self.encode(patches, token_grid(video, self.config), keep, window=window)
+        patches, grid = self.embed_patches(video), token_grid(video, self.config)
+        return self.encode(patches, grid, keep, valid, window=window)
 
     def encode(
         self,
         patches: Array,
         grid: tuple[int, int],
         keep: Array | None = None,
+        valid: Array | None = None,
         *,
         window: int | None = None,
     ) -> Array:
@@ -104,41 +135,78 @@ class Encoder(nn.Module):
             patches: [B, N, D], from `embed_patches`.
             grid: (rows, columns) of the tokens of one tubelet.
             keep: as in a call.
+            valid: as in a call.
             window: as in a call.
 
         Returns:
             As a call.
         """
-        x, tables, mask = self._prepare(patches, grid, keep, window)
-        if self.scan:
-            x, _ = self.blocks(x, tables, mask)
-        else:
-            for block in self.blocks:
-                x, _ = block(x, tables, mask)
-        return self.norm(x)
+        x, tables, mask = self._prepare(patches, grid, keep, valid, window)
+        return self._last_norm(run_blocks(self.blocks, x, tables, mask))
+
+    def levels(
+        self,
+        video: Array,
+        keep: Array | None = None,
+        valid: Array | None = None,
+        *,
+        layers: tuple[int, ...] = (),
+        window: int | None = None,
+    ) -> Array:
+        """Encodes a clip as a call does, and returns several layers, each after its norm.
+
+        Args:
+            video: as in a call.
+            keep: as in a call.
+            valid: as in a call.
+            layers: which layers, counted from 0, ascending: with `config.levels` some of those,
+                each of which has a norm of its own, else any, through the final norm. () means all
+                of `config.levels`, or the last layer.
+            window: as in a call.
+
+        Returns:
+            [n, B, N, D], or [n, B, M, D] with `keep`. `concatenate_levels` makes of it what Meta's
+            code calls hierarchical and the multi-level predictors take.
+
+        Raises:
+            InputError: as a call, or a layer has no norm.
+        """
+        with_norm = self.config.levels or tuple(range(self.config.num_layers))
+        layers = layers or self.config.levels or with_norm[-1:]
+        if not set(layers) <= set(with_norm) or list(layers) != sorted(set(layers)):
+            right = f"ascending, and among those with a norm, {list(with_norm)}"
+            raise InputError(f"layers = {layers}; they must be {right}")
+        patches, grid = self.embed_patches(video), token_grid(video, self.config)
+        x, tables, mask = self._prepare(patches, grid, keep, valid, window)
+        _, kept = self._collect(x, tables, mask, layers)
+        if not self.config.levels:
+            return self.norm(kept)
+        levels = [self.config.levels.index(layer) for layer in layers]
+        return jnp.stack([self.norms(x, level) for x, level in zip(kept, levels, strict=True)])
 
     def layers(
-        self, video: Array, keep: Array | None = None, *, window: int | None = None
+        self,
+        video: Array,
+        keep: Array | None = None,
+        valid: Array | None = None,
+        *,
+        window: int | None = None,
     ) -> LayerOutputs:
         """Encodes a clip as a call does, and returns what every layer gave.
 
         Args:
             video: as in a call.
             keep: as in a call.
+            valid: as in a call.
             window: as in a call.
 
         Returns:
             Tokens and layers; `layers[-1]` is not normed, as in Hugging Face's `hidden_states`.
         """
         patches, grid = self.embed_patches(video), token_grid(video, self.config)
-        x, tables, mask = self._prepare(patches, grid, keep, window)
-        if self.scan:
-            last, outputs = self.blocks.keep(x, tables, mask)
-            return LayerOutputs(self.norm(last), jnp.concatenate([x[None], outputs]))
-        outputs = [x]
-        for block in self.blocks:
-            outputs.append(block(outputs[-1], tables, mask)[0])
-        return LayerOutputs(self.norm(outputs[-1]), jnp.stack(outputs))
+        x, tables, mask = self._prepare(patches, grid, keep, valid, window)
+        last, kept = self._collect(x, tables, mask, range(self.config.num_layers))
+        return LayerOutputs(self._last_norm(last), jnp.concatenate([x[None], kept]))
 
     def embed_patches(self, video: Array) -> Array:
         """Cuts a clip into patches and embeds each: [B, T, H, W, 3] to [B, N, D].
@@ -146,13 +214,19 @@ class Encoder(nn.Module):
         The released weights' 3-D convolution has its stride equal to its kernel, so it is this.
         """
         check_video(video, self.config)
-        if video.shape[1] == 1:
+        is_image = self.config.image_tokenizer and video.shape[1] == 1
+        if video.shape[1] == 1 and not is_image:
             video = jnp.repeat(video, self.config.tubelet_size, axis=1)
-        sides = {"p": self.config.tubelet_size, "q": self.config.patch_size}
-        patches = rearrange(
-            video, "b (t p) (h q) (w r) c -> b (t h w) (p q r c)", **sides, r=sides["q"]
-        )
-        return self.patch_embed(patches)
+        frames, side = (1 if is_image else self.config.tubelet_size), self.config.patch_size
+        pattern = "b (t p) (h q) (w r) c -> b (t h w) (p q r c)"
+        patches = rearrange(video, pattern, p=frames, q=side, r=side)
+        if not self.config.image_tokenizer:
+            return self.patch_embed(patches)
+        if self.is_initializing():  # each kind of input leaves one of the two out
+            self.patch_embed_image(patches[..., : side * side * 3])
+        tokens = (self.patch_embed_image if is_image else self.patch_embed)(patches)
+        modality = self.image_embed if is_image else self.video_embed
+        return tokens + modality.astype(self.dtype)[None, None]
 
     def stream(self, x: Array, cache: Cache, plan: StreamPlan) -> tuple[Array, Cache]:
         """Runs all blocks on a new tubelet; `jvjepa.streaming.step` is the way to call it.
@@ -173,40 +247,62 @@ class Encoder(nn.Module):
             for layer, block in enumerate(self.blocks):
                 carry, _ = block.stream(carry, layers[layer], plan)
         x, cache = carry
-        return self.norm(x), cache
+        return self._last_norm(x), cache
+
+    def _last_norm(self, x: Array) -> Array:
+        if self.config.levels:
+            return self.norms(x, len(self.config.levels) - 1)
+        return self.norm(x)
+
+    def _collect(
+        self, x: Array, tables: RopeTables, mask: Array | None, layers: Sequence[int]
+    ) -> tuple[Array, Array]:
+        """Runs all blocks; returns what the last gives, and what `layers` give, [n, B, N, D]."""
+        if not self.scan:
+            outputs = []
+            for block in self.blocks:
+                x, _ = block(x, tables, mask)
+                outputs.append(x)
+            return x, jnp.stack([outputs[layer] for layer in layers])
+        # Every layer writes into the place of the next one that is wanted; the wanted one is the
+        # last to do so. Layers after the last wanted one write into a place that is cut off.
+        slots = [bisect.bisect_left(layers, i) for i in range(self.config.num_layers)]
+        buffer = jnp.zeros((max(slots) + 1, *x.shape), x.dtype)
+        (x, buffer), _ = self.blocks.collect((x, buffer), jnp.asarray(slots), tables, mask)
+        return x, buffer[: len(layers)]
 
     def _prepare(
-        self, x: Array, grid: tuple[int, int], keep: Array | None, window: int | None
+        self,
+        x: Array,
+        grid: tuple[int, int],
+        keep: Array | None,
+        valid: Array | None,
+        window: int | None,
     ) -> tuple[Array, RopeTables, Array | None]:
-        rows, columns = grid
         ids = jnp.arange(x.shape[1])[None]  # [1, N]
         if keep is not None:
-            check_ids(keep, x.shape[0], x.shape[1])
-            ids = jnp.asarray(keep)
-            x = jnp.take_along_axis(x, ids[..., None], axis=1, mode="fill", fill_value=jnp.nan)
-        places = rope.positions(ids, *rope.rope_grid(self.config, rows, columns))
+            x, ids = gather(x, keep, valid, name="keep"), jnp.asarray(keep)
+        elif valid is not None:
+            raise InputError("valid is given without keep, whose padding it marks")
+        rows, columns = grid
+        places = rope.positions(ids, rope.layout(self.config, rows, columns))
         tables = rope.tables(places, self.config.head_width, self.config.rope)
-        mask = None if window is None else banded_causal_mask(ids // (rows * columns), window)
+        mask = None if valid is None else jnp.asarray(valid)[:, None, None, :]
+        if window is not None:
+            band = banded_causal_mask(ids // (rows * columns), window)
+            mask = band if mask is None else band & mask
         return x, RopeTables(*tables), mask
+
+
+def concatenate_levels(levels: Array) -> Array:
+    """Puts levels one after the other into the channels: [n, B, N, D] to [B, N, n·D]."""
+    return rearrange(levels, "n b t d -> b t (n d)")
 
 
 def token_grid(video: Array | jax.ShapeDtypeStruct, config: EncoderConfig) -> tuple[int, int]:
     """The (rows, columns) of the tokens of one tubelet of video [B, T, H, W, 3]."""
     rows, columns = (side // config.patch_size for side in video.shape[2:4])
     return rows, columns
-
-
-def _scanned(block: type[Block], length: int) -> type[Block]:
-    """The block as a loop over stacked parameters, in all its forms."""
-    stacked = {
-        "variable_axes": {"params": 0},
-        "split_rngs": {"params": True},
-        "length": length,
-    }
-    over_tokens = {**stacked, "in_axes": nn.broadcast}
-    over_layers = {**stacked, "in_axes": (0, nn.broadcast)}
-    methods = {"__call__": over_tokens, "keep": over_tokens, "stream": over_layers}
-    return nn.scan(block, methods=methods)
 
 
 def forward_flops(config: EncoderConfig, queries: int, keys: int) -> int:
@@ -282,21 +378,3 @@ def _near(size: int, unit: int) -> str:
     """The multiples of `unit` around `size`, 0 left out."""
     below = size // unit * unit
     return " or ".join(str(x) for x in (below, below + unit) if x > 0)
-
-
-def check_ids(ids: Array, batch: int, num_tokens: int) -> None:
-    """Raises InputError unless `ids` are int [batch, M] within [0, num_tokens).
-
-    JAX clamps or fills out-of-range indices without a word, so values are checked here wherever
-    they are known, that is outside of jit.
-    """
-    if ids.ndim != 2 or ids.shape[0] != batch or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise InputError(f"keep is {ids.dtype} {ids.shape}; it must be int [{batch}, M]")
-    if isinstance(ids, jax.core.Tracer):
-        return
-    values = np.asarray(ids)
-    if values.size and (values.min() < 0 or values.max() >= num_tokens):
-        raise InputError(
-            f"keep holds ids from {values.min()} to {values.max()}; "
-            f"this clip has tokens 0 to {num_tokens - 1}"
-        )

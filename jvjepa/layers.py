@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jvjepa import rope
 from jvjepa.attention import Backend, attention
-from jvjepa.config import EncoderConfig
+from jvjepa.config import BlockConfig
 from jvjepa.typing import Array, DType
 
 _MLP_BLOCK = 1024  # tokens
@@ -39,6 +39,27 @@ class Dense(nn.Module):
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (self.features,))
 
 
+def normalize(x: Array, epsilon: float) -> Array:
+    """Takes the last axis to mean 0 and variance 1: a LayerNorm without parameters, in float32.
+
+    Args:
+        x: [..., D].
+        epsilon: added to the variance.
+
+    Returns:
+        float32 [..., D].
+    """
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+
+
+def _scale_and_shift(x: Array, scale: Array, bias: Array, dtype: DType) -> Array:
+    shape = (1,) * (x.ndim - 1) + scale.shape
+    scale, bias = (p.astype(jnp.float32).reshape(shape) for p in (scale, bias))
+    return (x * scale + bias).astype(dtype)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis, computed in float32.
 
@@ -61,12 +82,32 @@ class LayerNorm(nn.Module):
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        lead = (1,) * (x.ndim - 1)
-        scale, bias = (p.astype(jnp.float32).reshape(lead + shape) for p in (scale, bias))
-        return (x * scale + bias).astype(self.dtype)
+        return _scale_and_shift(normalize(x, self.epsilon), scale, bias, self.dtype)
+
+
+class LevelNorms(nn.Module):
+    """One LayerNorm for each level of the encoder.
+
+    Args:
+        count: levels.
+        epsilon: added to the variance.
+        dtype: of the output.
+        param_dtype: of scale and bias [count, D].
+    """
+
+    count: int
+    epsilon: float
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, level: int) -> Array:
+        """Maps [..., D] to [..., D] with the norm of `level`, counted from 0."""
+        shape = (self.count, x.shape[-1])
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        x = normalize(x, self.epsilon)
+        return _scale_and_shift(x, scale[level], bias[level], self.dtype)
 
 
 class RopeTables(NamedTuple):
@@ -100,9 +141,12 @@ class StreamPlan(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with rotary positions; over its input, or over a cache."""
+    """Multi-head self-attention; over its input, or over a cache.
 
-    config: EncoderConfig
+    Rotary positions come as tables; without them there are none.
+    """
+
+    config: BlockConfig
     dtype: DType
     param_dtype: DType
     backend: Backend
@@ -118,11 +162,11 @@ class SelfAttention(nn.Module):
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_width)
 
-    def __call__(self, x: Array, tables: RopeTables, mask: Array | None) -> Array:
+    def __call__(self, x: Array, tables: RopeTables | None, mask: Array | None) -> Array:
         """Attends within x: [B, N, D] to [B, N, D]."""
-        q = rope.rotate(self._heads(self.query(x)), *tables)
-        k = rope.rotate(self._heads(self.key(x)), *tables)
-        v = self._heads(self.value(x))
+        q, k, v = (self._heads(part(x)) for part in (self.query, self.key, self.value))
+        if tables is not None:
+            q, k = rope.rotate(q, *tables), rope.rotate(k, *tables)
         out = attention(q, k, v, mask=mask, backend=self.backend)
         return self.proj(out.reshape(x.shape))
 
@@ -154,7 +198,7 @@ def _window(ring: Array, layer: Array) -> Array:
 class MLP(nn.Module):
     """Two layers with the exact (erf) GELU between."""
 
-    config: EncoderConfig
+    config: BlockConfig
     dtype: DType
     param_dtype: DType
 
@@ -177,9 +221,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, in the two forms that a scan over layers takes."""
+    """A pre-norm transformer block, in the forms that a scan over layers takes."""
 
-    config: EncoderConfig
+    config: BlockConfig
     dtype: DType
     param_dtype: DType
     backend: Backend
@@ -192,15 +236,20 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(self.config.layer_norm_eps, *dtypes)
         self.mlp = MLP(self.config, *dtypes)
 
-    def __call__(self, x: Array, tables: RopeTables, mask: Array | None) -> tuple[Array, None]:
+    def __call__(
+        self, x: Array, tables: RopeTables | None, mask: Array | None
+    ) -> tuple[Array, None]:
         """One layer over [B, N, D]."""
         x = x + self.attention(self.norm1(x), tables, mask)
         return x + self.mlp(self.norm2(x)), None
 
-    def keep(self, x: Array, tables: RopeTables, mask: Array | None) -> tuple[Array, Array]:
-        """As a call, and gives the output to the scan, which stacks it."""
+    def collect(
+        self, carry: tuple[Array, Array], slot: Array, tables: RopeTables, mask: Array | None
+    ) -> tuple[tuple[Array, Array], None]:
+        """As a call, and writes the output into place `slot` of a buffer [n, B, N, D]."""
+        x, kept = carry
         x, _ = self(x, tables, mask)
-        return x, x
+        return (x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, axis=0)), None
 
     def stream(
         self, carry: tuple[Array, Cache], layer: Array, plan: StreamPlan
@@ -210,3 +259,40 @@ class Block(nn.Module):
         out, cache = self.attention.stream(self.norm1(x), cache, layer, plan)
         x = x + out
         return (x + self.mlp(self.norm2(x)), cache), None
+
+
+def make_blocks(
+    config: BlockConfig, length: int, dtypes: tuple[DType, DType], backend: Backend, *, scan: bool
+) -> Block | list[Block]:
+    """Makes the blocks of one part of a model; to be assigned in a module's `setup`.
+
+    Args:
+        config: what each block is.
+        length: how many there are.
+        dtypes: of the computation, and of the parameters.
+        backend: the attention backend.
+        scan: one loop over parameters stacked [length, ...] in all forms of `Block`, or a list.
+
+    Returns:
+        The loop or the list; `run_blocks` takes both.
+    """
+    part = (config, *dtypes, backend)
+    if not scan:
+        return [Block(*part) for _ in range(length)]
+    stacked = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": length}
+    over_tokens = {**stacked, "in_axes": nn.broadcast}
+    collecting = {**stacked, "in_axes": (0, nn.broadcast, nn.broadcast)}
+    streaming = {**stacked, "in_axes": (0, nn.broadcast)}
+    methods = {"__call__": over_tokens, "collect": collecting, "stream": streaming}
+    return nn.scan(Block, methods=methods)(*part)
+
+
+def run_blocks(
+    blocks: Block | list[Block], x: Array, tables: RopeTables | None, mask: Array | None
+) -> Array:
+    """Runs all blocks of `make_blocks` on x: [B, N, D] to [B, N, D]."""
+    if not isinstance(blocks, list | tuple):
+        return blocks(x, tables, mask)[0]
+    for block in blocks:
+        x, _ = block(x, tables, mask)
+    return x

@@ -5,6 +5,8 @@ Reference: `rotate_queries_or_keys` of Meta's V-JEPA 2 (`src/models/utils/module
 first.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,29 +14,62 @@ from jvjepa.config import EncoderConfig, Rope
 from jvjepa.typing import Array
 
 _BASE = 10_000.0
+_INTERPOLATED_PIXELS = 256
 
 
-def positions(ids: Array, rows: int, columns: int) -> Array:
-    """Splits flat token ids into (tubelet, row, column).
+class Layout(NamedTuple):
+    """How the flat id of a token becomes its place.
+
+    Args:
+        rows: h, rows of the grid of a tubelet.
+        columns: w, its columns.
+        row_scale: what a row counts on the row axis.
+        column_scale: what a column counts on the column axis.
+    """
+
+    rows: int
+    columns: int
+    row_scale: float = 1.0
+    column_scale: float = 1.0
+
+
+def layout(config: EncoderConfig, rows: int, columns: int) -> Layout:
+    """Returns how an encoder places the tokens of a grid.
+
+    Args:
+        config: `rope_grid` says whether the grid is the input's or that of `crop_size`;
+            `interpolate` scales it to the grid of 256 pixels, ends to ends (a side of one patch
+            stays at 0, where Meta's code divides by 0).
+        rows: h, rows of the input's grid.
+        columns: w, its columns.
+
+    Returns:
+        The layout.
+    """
+    if config.rope_grid == "config":
+        rows = columns = config.config_grid
+    if not config.interpolate:
+        return Layout(rows, columns)
+    last = _INTERPOLATED_PIXELS // config.patch_size - 1
+    return Layout(rows, columns, *(last / (n - 1) if n > 1 else 1.0 for n in (rows, columns)))
+
+
+def positions(ids: Array, layout: Layout) -> Array:
+    """Splits flat token ids into places on the axes tubelet, row, column.
 
     Args:
         ids: int [...], ids into the (t, h, w) grid, t slowest.
-        rows: h, rows of the grid.
-        columns: w, columns of the grid.
+        layout: from `layout`.
 
     Returns:
         float32 [..., 3].
     """
-    in_tubelet = ids % (rows * columns)
-    axes = (ids // (rows * columns), in_tubelet // columns, in_tubelet % columns)
-    return jnp.stack(axes, axis=-1).astype(jnp.float32)
-
-
-def rope_grid(config: EncoderConfig, rows: int, columns: int) -> tuple[int, int]:
-    """Returns the (rows, columns) by which ids become positions: the input's, or the config's."""
-    if config.rope_grid == "config":
-        return config.config_grid, config.config_grid
-    return rows, columns
+    in_tubelet = ids % (layout.rows * layout.columns)
+    tubelet = ids // (layout.rows * layout.columns)
+    axes = (tubelet, in_tubelet // layout.columns, in_tubelet % layout.columns)
+    tubelet, row, column = (axis.astype(jnp.float32) for axis in axes)
+    scaled = (tubelet, row * layout.row_scale, column * layout.column_scale)
+    return jnp.stack(scaled, axis=-1)
 
 
 def tables(positions: Array, head_width: int, variant: Rope) -> tuple[Array, Array]:

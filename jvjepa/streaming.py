@@ -260,7 +260,8 @@ def check_tubelet(config: EncoderConfig, state: StreamState, tubelet: Array) -> 
 def _grid(video: Array | jax.ShapeDtypeStruct, config: EncoderConfig) -> tuple[int, int]:
     check_video(video, config)
     rows, columns = token_grid(video, config)
-    if rope.rope_grid(config, rows, columns) != (rows, columns):
+    layout = rope.layout(config, rows, columns)
+    if (layout.rows, layout.columns) != (rows, columns):
         raise ConfigError(
             f'rope_grid = "config" puts tokens of a {rows}x{columns} grid at places of a '
             f'{config.config_grid}x{config.config_grid} grid; streaming needs rope_grid = "input"'
@@ -281,7 +282,8 @@ def _plan(
     batch, window = age.shape
     newest = jnp.minimum(time, window - 1) if positions == "window" else time  # [B]
     tokens = grid[0] * grid[1]
-    places = rope.positions(jnp.arange(tokens, dtype=jnp.int32), *grid)  # [S, 3]
+    layout = rope.layout(config, *grid)
+    places = rope.positions(jnp.arange(tokens, dtype=jnp.int32), layout)  # [S, 3]
 
     def tables(frames: Array) -> RopeTables:  # int32 [B, n] to [B, n·S, K]
         frames = frames.astype(jnp.float32)[..., None, None]

@@ -3,11 +3,11 @@
 import dataclasses
 import difflib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,16 +15,20 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 
+from jvjepa.action import ActionPredictor
 from jvjepa.attention import Backend, check_backend
 from jvjepa.config import ModelConfig
 from jvjepa.encoder import Encoder
 from jvjepa.errors import CheckpointError, ConfigError, InputError
+from jvjepa.heads import Classifier
+from jvjepa.parameters import parameter_shapes, stack_layers, unstack_layers
+from jvjepa.predictor import Predictor
 from jvjepa.storage import new_folder, open_safetensors, write_safetensors
 from jvjepa.typing import Params
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-FORMAT = "jvjepa-1"  # changes when names or layouts of the parameters do
+FORMAT = "jvjepa-2"  # changes when names or layouts of the parameters do
 
 _STORED = {"F32": "float32", "BF16": "bfloat16"}  # safetensors' names
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -39,16 +43,29 @@ class Source:
         revision: the hub's commit, or "".
         sha256: hexadecimal digest of the source's weight files, in the order of their names.
         converter: version of jvjepa that converted.
-        config: the source's own configuration, word for word.
+        config: the source's own configuration, word for word; None for a `.pt` file, which has
+            none.
         preprocessor: the source's own preprocessing configuration, word for word, or None.
+        keys: of a `.pt` file: under which key each part was found.
+        dropped: of a `.pt` file: tensors that were left out, each with the reason.
+        probe: where the classifier came from, if it was attached later.
     """
 
     name: str
     revision: str
     sha256: str
     converter: str
-    config: dict[str, Any]
-    preprocessor: dict[str, Any] | None
+    config: dict[str, Any] | None = None
+    preprocessor: dict[str, Any] | None = None
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)
+    dropped: dict[str, str] = dataclasses.field(default_factory=dict)
+    probe: "Source | None" = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Source":
+        """Builds it from its JSON form."""
+        probe = values.get("probe")
+        return cls(**{**values, "probe": None if probe is None else cls.from_json(probe)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,125 +75,20 @@ class Model:
     Args:
         config: the architecture.
         encoder: the module to apply to `params["encoder"]`.
-        predictor: None; the weights are in `params`, their module is not there yet.
-        classifier: None; as the predictor.
-        params: nested dictionaries of arrays: encoder, and what else the checkpoint holds of
-            predictor, pooler and classifier.
+        predictor: the module to apply to `params["predictor"]`, or None.
+        classifier: the module to apply to `params["classifier"]`, or None.
+        action_predictor: the module to apply to `params["action_predictor"]`, or None.
+        params: nested dictionaries of arrays, one for each part that the checkpoint has.
         source: where the weights came from, or None.
     """
 
     config: ModelConfig
     encoder: Encoder
-    predictor: None
-    classifier: None
+    predictor: Predictor | None = None
+    classifier: Classifier | None = None
+    action_predictor: ActionPredictor | None = None
     params: Params
     source: Source | None
-
-
-def _dense(inputs: int, outputs: int, *stack: int) -> dict[str, tuple[int, ...]]:
-    return {"kernel": (*stack, inputs, outputs), "bias": (*stack, outputs)}
-
-
-def _norm(width: int, *stack: int) -> dict[str, tuple[int, ...]]:
-    return {"scale": (*stack, width), "bias": (*stack, width)}
-
-
-def _blocks(layers: int, width: int, mlp_dim: int) -> dict[str, Any]:
-    return {
-        "norm1": _norm(width, layers),
-        "attention": {
-            name: _dense(width, width, layers) for name in ("query", "key", "value", "proj")
-        },
-        "norm2": _norm(width, layers),
-        "mlp": {
-            "fc1": _dense(width, mlp_dim, layers),
-            "fc2": _dense(mlp_dim, width, layers),
-        },
-    }
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Lists every parameter of a checkpoint.
-
-    Args:
-        config: the architecture.
-
-    Returns:
-        Shape by flat name ("encoder/blocks/mlp/fc1/kernel"), in the order in which they are stored.
-        The parameters of blocks are stacked, [L, ...].
-    """
-    encoder = config.encoder
-    width = encoder.hidden_size
-    parts: dict[str, Any] = {
-        "encoder": {
-            "patch_embed": _dense(encoder.patch_dim, width),
-            "blocks": _blocks(encoder.num_layers, width, encoder.mlp_dim),
-            "norm": _norm(width),
-        }
-    }
-    if config.predictor is not None:
-        inner = config.predictor.hidden_size
-        parts["predictor"] = {
-            "embed": _dense(width, inner),
-            "mask_tokens": (config.predictor.num_mask_tokens, inner),
-            "blocks": _blocks(config.predictor.num_layers, inner, config.predictor.mlp_dim),
-            "norm": _norm(inner),
-            "proj": _dense(inner, width),
-        }
-    if config.classifier is not None:
-        mlp_dim = 4 * width  # whatever the encoder's ratio is
-        cross = _blocks(1, width, mlp_dim)
-        del cross["attention"]["proj"]
-        parts["pooler"] = {
-            "query_tokens": (1, width),
-            "blocks": _blocks(config.classifier.num_layers, width, mlp_dim),
-            "cross_attention": jax.tree.map(
-                lambda shape: shape[1:], cross, is_leaf=lambda x: isinstance(x, tuple)
-            ),
-        }
-        parts["classifier"] = _dense(width, len(config.classifier.labels))
-    return flatten_dict(parts, sep="/")
-
-
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Counts the parameters of each part: encoder, predictor, pooler, classifier."""
-    counts: dict[str, int] = {}
-    for name, shape in parameter_shapes(config).items():
-        part = name.split("/")[0]
-        counts[part] = counts.get(part, 0) + math.prod(shape)
-    return counts
-
-
-def stack_layers(params: Params) -> Params:
-    """Stacks the blocks of an encoder's parameters, for `Encoder(scan=True)`.
-
-    Args:
-        params: with "blocks_0", "blocks_1", ...
-
-    Returns:
-        With "blocks", whose arrays are [L, ...].
-    """
-    rest = {name: leaf for name, leaf in params.items() if not name.startswith("blocks_")}
-    blocks = [params[f"blocks_{i}"] for i in range(len(params) - len(rest))]
-    return {**rest, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
-
-
-def unstack_layers(params: Params) -> Params:
-    """Gives every block of an encoder its own parameters, for `Encoder(scan=False)`.
-
-    Args:
-        params: with "blocks", whose arrays are [L, ...].
-
-    Returns:
-        With "blocks_0", "blocks_1", ...; numpy arrays are views, JAX's are copies.
-    """
-    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    count = jax.tree.leaves(params["blocks"])[0].shape[0]
-    blocks = {
-        f"blocks_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
-        for i in range(count)
-    }
-    return {**rest, **blocks}
 
 
 def check_names(
@@ -278,9 +190,7 @@ def save(folder: str | Path, model: Model, *, force: bool = False) -> None:
     Raises:
         InputError: the folder exists, or the parameters do not fit.
     """
-    params = dict(model.params)
-    if not model.encoder.scan:
-        params["encoder"] = stack_layers(params["encoder"])
+    params = model.params if model.encoder.scan else stack_layers(model.params)
     flat = flatten_dict(params, sep="/")
     shapes = parameter_shapes(model.config)
     check_names("params", {name: tuple(leaf.shape) for name, leaf in flat.items()}, shapes)
@@ -321,7 +231,7 @@ def read_record(folder: str | Path) -> tuple[ModelConfig, Source | None]:
         source = record.get("source")
         return (
             ModelConfig.from_json(record["model"]),
-            None if source is None else Source(**source),
+            None if source is None else Source.from_json(source),
         )
     except (ConfigError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -340,7 +250,7 @@ def load(
         folder: what `jvjepa convert` or `save` wrote.
         dtype: of the computation, "float32" or "bfloat16"; None takes that of the stored weights.
         attention: the attention backend, see `jvjepa.attention.resolve`.
-        scan: whether the encoder's blocks are stacked, see `Encoder`; False is faster on a CPU.
+        scan: whether the blocks of each part are stacked, see `Encoder`; False is faster on a CPU.
 
     Returns:
         The model, its parameters on JAX's default device.
@@ -357,21 +267,20 @@ def load(
     with open_safetensors(path) as file:
         param_dtype = check_stored(path, file, config)
         stored = {name: file.get_tensor(name) for name in parameter_shapes(config)}
-    encoder = Encoder(
-        config.encoder,
-        dtype=param_dtype if dtype is None else DTYPES[dtype],
-        param_dtype=param_dtype,
-        attention=attention,
-        scan=scan,
-    )
+    dtypes = (param_dtype if dtype is None else DTYPES[dtype], param_dtype)
+
+    def make(module: type[nn.Module], part: Any) -> Any:
+        return None if part is None else module(part, config.encoder, *dtypes, attention, scan)
+
     params = unflatten_dict(stored, sep="/")
     if not scan:
-        params["encoder"] = unstack_layers(params["encoder"])
+        params = unstack_layers(params)
     return Model(
         config=config,
-        encoder=encoder,
-        predictor=None,
-        classifier=None,
+        encoder=Encoder(config.encoder, *dtypes, attention, scan),
+        predictor=make(Predictor, config.predictor),
+        classifier=make(Classifier, config.classifier),
+        action_predictor=make(ActionPredictor, config.action_predictor),
         params=jax.tree.map(jnp.asarray, params),
         source=source,
     )

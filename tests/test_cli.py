@@ -209,9 +209,10 @@ def test_info_of_a_release(name: str, capfd: pytest.CaptureFixture[str]) -> None
     assert run("info", name) == 0
     text, errors = capfd.readouterr()
     assert errors == ""
-    assert text.startswith(f"{name}: released as facebook/{name}\n")
     release = registry.get(name)
-    assert f" {release.num_params:,} parameters\n" in text
+    assert text.startswith(f"{name}: released as {release.source}\n")
+    for count in release.num_params.values():
+        assert f" {count:,} parameters\n" in text
     assert ("classes" in text) == (release.config.classifier is not None)
 
 

@@ -86,14 +86,15 @@ def test_weights_arrive_where_they_belong(made: tuple[Path, HFModel], out: Path)
         )
     tokens = theirs["vjepa2.predictor.embeddings.mask_tokens"]
     np.testing.assert_array_equal(ours["predictor/mask_tokens"], tokens.reshape(4, 32))
-    np.testing.assert_array_equal(ours["pooler/query_tokens"], theirs["pooler.query_tokens"][0])
+    pooler = "classifier/pooler"
+    np.testing.assert_array_equal(ours[f"{pooler}/query_tokens"], theirs["pooler.query_tokens"][0])
     query = theirs["pooler.cross_attention_layer.cross_attn.q_proj.weight"]
-    np.testing.assert_array_equal(ours["pooler/cross_attention/attention/query/kernel"], query.T)
+    np.testing.assert_array_equal(ours[f"{pooler}/cross_attention/attention/query/kernel"], query.T)
     out_proj = theirs["pooler.self_attention_layers.2.self_attn.out_proj.weight"]
-    np.testing.assert_array_equal(ours["pooler/blocks/attention/proj/kernel"][2], out_proj.T)
-    np.testing.assert_array_equal(ours["classifier/kernel"], theirs["classifier.weight"].T)
+    np.testing.assert_array_equal(ours[f"{pooler}/blocks/attention/proj/kernel"][2], out_proj.T)
+    np.testing.assert_array_equal(ours["classifier/linear/kernel"], theirs["classifier.weight"].T)
     assert sum(report.parameters.values()) == sum(p.numel() for p in hf.parameters())
-    assert set(report.parameters) == {"encoder", "predictor", "pooler", "classifier"}
+    assert set(report.parameters) == {"encoder", "predictor", "classifier"}
     assert report.num_bytes == (out / "model.safetensors").stat().st_size
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     first, *parts, last = str(report).splitlines()
@@ -191,7 +192,7 @@ def test_float16_needs_a_dtype(made: tuple[Path, HFModel], out: Path, tmp_path: 
     assert nothing_there(out)
     convert(str(folder), out, dtype="float32")
     theirs = load_file(folder / "model.safetensors")["classifier.weight"]
-    ours = load_file(out / "model.safetensors")["classifier/kernel"]
+    ours = load_file(out / "model.safetensors")["classifier/linear/kernel"]
     np.testing.assert_array_equal(ours, theirs.T.astype(np.float32))
 
 

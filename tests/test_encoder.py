@@ -12,7 +12,7 @@ import jvjepa
 from jvjepa import Encoder, Model
 from jvjepa.convert import convert
 from jvjepa.errors import InputError
-from jvjepa.weights import unstack_layers
+from jvjepa.parameters import unstack_layers
 
 MODULE = 1e-5  # these encoders are small enough for the tolerance of one module
 

@@ -10,7 +10,7 @@ from jvjepa import Encoder, gating, streaming
 from jvjepa.encoder import forward_flops
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.gating import Gate
-from jvjepa.weights import unstack_layers
+from jvjepa.parameters import unstack_layers
 
 TOLERANCE = 1e-5
 WINDOW = 3

@@ -1,70 +1,76 @@
-"""Parity with Meta's official code, whose outputs are in tests/golden."""
+"""Parity of the encoders with Meta's official code, whose outputs are in tests/golden."""
 
-from pathlib import Path
+import functools
 
 import jax.numpy as jnp
 import numpy as np
+import official
 import pytest
-import torch
 from models import relative_error
-from safetensors.numpy import load_file
 
-from jvjepa import Encoder, EncoderConfig
-from jvjepa.typing import Params
-from jvjepa.weights import stack_layers
+from jvjepa import Encoder
+from jvjepa.config import ModelConfig
+from jvjepa.encoder import concatenate_levels
+from jvjepa.typing import Array, Params
 
-GOLDEN = Path(__file__).parent / "golden"
-CONFIG = EncoderConfig(hidden_size=32, num_layers=4, num_heads=2, mlp_dim=128, crop_size=64)
-
-
-@pytest.fixture(scope="module")
-def data() -> dict[str, np.ndarray]:
-    return load_file(GOLDEN / "vjepa2_tiny.io.safetensors")
-
-
-@pytest.fixture(scope="module")
-def params() -> Params:
-    """The official names and layouts, spelled out once more here, independent of jvjepa.convert."""
-    checkpoint = torch.load(GOLDEN / "vjepa2_tiny.pt", weights_only=True)["target_encoder"]
-    theirs = {k.removeprefix("module.backbone."): v.numpy() for k, v in checkpoint.items()}
-
-    def dense(name: str) -> dict[str, np.ndarray]:
-        return {"kernel": theirs[f"{name}.weight"].T, "bias": theirs[f"{name}.bias"]}
-
-    def norm(name: str) -> dict[str, np.ndarray]:
-        return {"scale": theirs[f"{name}.weight"], "bias": theirs[f"{name}.bias"]}
-
-    def block(i: int) -> Params:
-        qkv = dense(f"blocks.{i}.attn.qkv")
-        thirds = {
-            name: {k: np.split(v, 3, axis=-1)[part] for k, v in qkv.items()}
-            for part, name in enumerate(("query", "key", "value"))
-        }
-        return {
-            "norm1": norm(f"blocks.{i}.norm1"),
-            "attention": {**thirds, "proj": dense(f"blocks.{i}.attn.proj")},
-            "norm2": norm(f"blocks.{i}.norm2"),
-            "mlp": {name: dense(f"blocks.{i}.mlp.{name}") for name in ("fc1", "fc2")},
-        }
-
-    patches = theirs["patch_embed.proj.weight"].transpose(2, 3, 4, 1, 0).reshape(-1, 32)
-    return stack_layers(
-        {
-            "patch_embed": {"kernel": patches, "bias": theirs["patch_embed.proj.bias"]},
-            **{f"blocks_{i}": block(i) for i in range(CONFIG.num_layers)},
-            "norm": norm("norm"),
-        }
-    )
+MODELS = {
+    "vjepa2_tiny": (official.V2, "target_encoder"),
+    "vjepa2_1_tiny_teacher": (official.TEACHER, "target_encoder"),
+    "vjepa2_1_tiny_distilled": (official.DISTILLED, "ema_encoder"),
+}
+V2_1 = ["vjepa2_1_tiny_teacher", "vjepa2_1_tiny_distilled"]
 
 
-def test_video(data: dict[str, np.ndarray], params: Params) -> None:
-    video = np.moveaxis(data["in.video"], 1, -1)
-    tokens = Encoder(CONFIG).apply({"params": params}, video)
-    assert relative_error(tokens, data["out.video"]) <= 1e-5
+@functools.cache
+def golden(name: str) -> tuple[ModelConfig, Params, dict[str, np.ndarray]]:
+    config, key = MODELS[name]
+    return config, official.encoder(official.weights(f"{name}.pt", key)), official.data(name)
 
 
-def test_masked_video(data: dict[str, np.ndarray], params: Params) -> None:
-    video = np.moveaxis(data["in.video"], 1, -1)
-    keep = jnp.asarray(data["in.masks_x"], jnp.int32)
-    tokens = Encoder(CONFIG).apply({"params": params}, video, keep)
-    assert relative_error(tokens, data["out.video_masked"]) <= 1e-5
+def encode(name: str, clip: str, *, method: str = "__call__", keep: str | None = None) -> Array:
+    config, params, data = golden(name)
+    ids = None if keep is None else jnp.asarray(data[keep], jnp.int32)
+    video = official.video(data[clip])
+    return Encoder(config.encoder).apply({"params": params}, video, ids, method=method)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_video(name: str) -> None:
+    assert relative_error(encode(name, "in.video"), golden(name)[2]["out.video"]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_masked_video(name: str) -> None:
+    tokens = encode(name, "in.video", keep="in.masks_x")
+    assert relative_error(tokens, golden(name)[2]["out.video_masked"]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", V2_1)
+@pytest.mark.parametrize("clip", ["image", "wide"])
+def test_image_and_another_grid(name: str, clip: str) -> None:
+    tokens = encode(name, f"in.{clip}")
+    assert relative_error(tokens, golden(name)[2][f"out.{clip}"]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", V2_1)
+def test_every_level(name: str) -> None:
+    levels = encode(name, "in.video", method="levels")
+    assert levels.shape[0] == 4
+    for i, level in enumerate(levels):
+        assert relative_error(level, golden(name)[2][f"out.level{i}"]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("clip", "keep", "out"),
+    [
+        ("in.video", None, "out.video_hier"),
+        ("in.video", "in.masks_x", "out.video_masked_hier"),
+        ("in.image", "in.image_masks_x", "out.image_masked_hier"),
+    ],
+)
+@pytest.mark.parametrize("name", V2_1)
+def test_hierarchical(name: str, clip: str, keep: str | None, out: str) -> None:
+    levels = encode(name, clip, method="levels", keep=keep)
+    # The distilled one was made to return its last level alone.
+    tokens = concatenate_levels(levels) if name == "vjepa2_1_tiny_teacher" else levels[-1]
+    assert relative_error(tokens, golden(name)[2][out]) <= 1e-5

@@ -28,8 +28,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("name", "message"),
     [
         ("vjepa2-vitl", "'vjepa2-vitl' is not a folder, .* there are vjepa2-vitl-fpc64-256, "),
-        ("model.pt", r"model\.pt: Meta's \.pt files are not supported yet"),
-        ("some/model.pth", r"model\.pth: Meta's \.pt files are not supported yet"),
+        ("model.pt", r"model\.pt does not exist"),
+        ("some/model.pth", r"some/model\.pth does not exist"),
+        ("vjepa2_vit_large", r"curl -O https://.*/vjepa2/vitl\.pt and convert vitl\.pt"),
         ("./models", r"\./models is not a folder"),
         ("/models", "/models is not a folder"),
         ("a/b/c", "a/b/c is not a folder"),
@@ -49,7 +50,7 @@ def test_a_folder_wins_and_has_no_revision(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     for name in ("vjepa2-vitl-fpc64-256", "odd.pt"):
         (tmp_path / name).mkdir()
-        assert resolve(name).folder == Path(name)
+        assert resolve(name).path == Path(name)
     with pytest.raises(InputError, match="revision 'v1' is for hub ids"):
         resolve("odd.pt", "v1")
     (tmp_path / "file").write_text("")
@@ -113,7 +114,7 @@ import sys
 from jvjepa.convert.hub import resolve
 for argument in sys.argv[1:]:
     try:
-        print(resolve(*argument.split("@")).folder)
+        print(resolve(*argument.split("@")).path)
     except ValueError as error:
         print(error)
 """

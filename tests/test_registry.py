@@ -1,5 +1,3 @@
-import math
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,18 +5,30 @@ from flax.traverse_util import flatten_dict
 
 from jvjepa import Encoder, registry
 from jvjepa.errors import InputError
-from jvjepa.weights import parameter_shapes
+from jvjepa.parameters import count_parameters, parameter_shapes
 
 
-def test_there_are_all_eight() -> None:
-    assert len(registry.RELEASES) == 8
+def test_there_are_all() -> None:
+    sources = [release.source for release in registry.RELEASES.values()]
+    assert sum(source.startswith("facebook/") for source in sources) == 8
+    assert sum(source.endswith(".pt") for source in sources) == 9
+    assert len(set(sources)) == 17
 
 
 @pytest.mark.parametrize("name", registry.RELEASES)
 def test_parameter_counts_are_the_published_ones(name: str) -> None:
     release = registry.get(name)
-    shapes = parameter_shapes(release.config)
-    assert sum(math.prod(shape) for shape in shapes.values()) == release.num_params
+    counts = count_parameters(release.config)
+    counts["all"] = sum(counts.values())
+    assert release.num_params
+    assert release.num_params == {part: counts[part] for part in release.num_params}
+
+
+@pytest.mark.parametrize("probe", registry.PROBES.values(), ids=registry.PROBES)
+def test_probes_fit_their_encoders(probe: registry.Probe) -> None:
+    config = registry.get(probe.encoder).config.encoder
+    layers = probe.layers or (config.num_layers - 1,)
+    assert layers[-1] == config.num_layers - 1
 
 
 @pytest.mark.parametrize("name", registry.RELEASES)

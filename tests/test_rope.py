@@ -55,7 +55,7 @@ def test_interleaved_is_a_rotation_and_tiled_is_not(width: int) -> None:
 
 
 def test_positions_split_ids() -> None:
-    found = rope.positions(jnp.arange(2 * 3 * 5), 3, 5)
+    found = rope.positions(jnp.arange(2 * 3 * 5), rope.Layout(3, 5))
     expected = [(t, r, c) for t in range(2) for r in range(3) for c in range(5)]
     assert np.array_equal(found, np.asarray(expected, np.float32))
 

@@ -13,7 +13,7 @@ from reference import ReferenceStream
 
 from jvjepa import Encoder, streaming
 from jvjepa.errors import ConfigError, InputError
-from jvjepa.weights import unstack_layers
+from jvjepa.parameters import unstack_layers
 
 TOLERANCE = 1e-5
 WINDOW = 3

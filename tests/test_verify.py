@@ -9,17 +9,19 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from hfcheckpoints import random_model, save_checkpoint, tiny_config
 from safetensors.numpy import load_file, save_file
 from transformers import VJEPA2Config
 
 from jvjepa.convert import PartCheck, convert, verify
+from jvjepa.convert.comparison import TOLERANCE, relative_error
 from jvjepa.convert.oracle import Oracle
-from jvjepa.convert.verification import TOLERANCE, relative_error
 from jvjepa.errors import CheckpointError, ConfigError, InputError
 
+WEIGHTS = ["encoder, weights", "predictor, weights", "classifier, weights"]
 OUTPUTS = ["encoder", "encoder, one frame", "encoder, another grid", "encoder, masked"]
-ENCODER = [*OUTPUTS, "encoder, layers", "encoder, weights"]
+ENCODER = [*OUTPUTS, "encoder, layers"]
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +45,20 @@ def failed(checks: list[PartCheck]) -> list[str]:
 
 def test_a_good_conversion_passes(made: Path) -> None:
     checks = verify(made / "ours", str(made / "hf"))
-    assert [check.name for check in checks] == [*ENCODER, "predictor", "pooler", "classifier"]
+    assert [check.name for check in checks] == [*WEIGHTS, *ENCODER, "predictor", "classifier"]
     assert failed(checks) == []
-    for check in checks[:5]:
-        assert 0 < check.error < TOLERANCE == check.tolerance
-    for check in checks[5:]:
+    for check in checks[:3]:
         assert check.error == check.tolerance == 0
-    assert "2 x 4 frames of 64 x 64" in checks[0].detail
-    assert "2 x 1 frames" in checks[1].detail
-    assert "64 x 80" in checks[2].detail
-    assert "10 of 32 tokens" in checks[3].detail
-    assert "weights compared; no module yet" in checks[6].detail
+    for check in checks[3:]:
+        assert 0 < check.error < TOLERANCE == check.tolerance
+        assert f"against transformers {transformers.__version__}" in check.detail
+    details = {check.name: check.detail for check in checks}
+    assert "2 x 4 frames of 64 x 64" in details["encoder"]
+    assert "2 x 1 frames" in details["encoder, one frame"]
+    assert "64 x 80" in details["encoder, another grid"]
+    assert "10 of 32 tokens" in details["encoder, masked"]
+    assert "10 of 32 tokens seen" in details["predictor"]
+    assert "2 x 32 tokens, 3 classes" in details["classifier"]
     assert jax.config.jax_default_matmul_precision == "float32"  # as conftest set it
 
 
@@ -61,12 +66,12 @@ def test_bfloat16_passes_against_rounded_weights(made: Path, tmp_path: Path) -> 
     convert(str(made / "hf"), tmp_path / "ours", dtype="bfloat16")
     checks = verify(tmp_path / "ours", str(made / "hf"))
     assert failed(checks) == []
-    assert "weights rounded to bfloat16" in checks[0].detail
-    assert "bit by bit in bfloat16" in checks[5].detail
+    assert "bit by bit in bfloat16" in checks[0].detail
+    assert all("weights rounded to bfloat16" in check.detail for check in checks[3:])
     # The rounding is not below the tolerance by itself:
     video = np.random.default_rng(0).normal(size=(1, 2, 64, 64, 3)).astype(np.float32)
     exact, rounded = (
-        Oracle(made / "hf", classifier=True, rounding=dtype).tokens(video)
+        Oracle.from_folder(made / "hf", classifier=True, rounding=dtype).tokens(video)
         for dtype in ("float32", "bfloat16")
     )
     assert relative_error(rounded, exact) > 10 * TOLERANCE
@@ -76,8 +81,8 @@ def test_sizes_and_seed_are_used(made: Path) -> None:
     first, other = (
         verify(made / "ours", str(made / "hf"), frames=2, clips=1, seed=seed) for seed in (0, 1)
     )
-    assert "1 x 2 frames" in first[0].detail
-    assert all(a.error != b.error for a, b in zip(first[:5], other[:5], strict=True))
+    assert "1 x 2 frames" in first[3].detail
+    assert all(a.error != b.error for a, b in zip(first[3:], other[3:], strict=True))
 
 
 def test_swapped_weights_fail(made: Path, ours: Path) -> None:
@@ -86,13 +91,13 @@ def test_swapped_weights_fail(made: Path, ours: Path) -> None:
     tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
     save_file(tensors, ours / "model.safetensors")
     checks = verify(ours, str(made / "hf"))
-    assert failed(checks) == ENCODER
-    assert "worst after layer" in checks[4].detail
-    assert "4 differ: " in checks[5].detail
-    assert "attention.query.weight" in checks[5].detail
+    assert failed(checks) == ["encoder, weights", *ENCODER]
+    assert "4 differ: " in checks[0].detail
+    assert "attention.query.weight" in checks[0].detail
+    assert "worst after layer" in checks[7].detail
 
 
-@pytest.mark.parametrize("parts", [["encoder"], ["predictor", "pooler", "classifier"]])
+@pytest.mark.parametrize("parts", [["encoder"], ["predictor", "classifier"]])
 def test_the_smallest_change_of_a_weight_is_found(made: Path, ours: Path, parts: list[str]) -> None:
     tensors = load_file(ours / "model.safetensors")
     for part in parts:
@@ -100,7 +105,7 @@ def test_the_smallest_change_of_a_weight_is_found(made: Path, ours: Path, parts:
         tensors[name].flat[1] = np.nextafter(tensors[name].flat[1], np.float32(9))
     save_file(tensors, ours / "model.safetensors")
     checks = verify(ours, str(made / "hf"))
-    assert failed(checks) == [part.replace("encoder", "encoder, weights") for part in parts]
+    assert failed(checks) == [f"{part}, weights" for part in parts]
 
 
 def test_a_zero_of_the_other_sign_is_found(tmp_path: Path) -> None:
@@ -117,10 +122,11 @@ def test_a_zero_of_the_other_sign_is_found(tmp_path: Path) -> None:
 
 def test_the_other_rotary_variant_fails(made: Path, ours: Path) -> None:
     record = json.loads((ours / "config.json").read_text())
-    record["model"]["encoder"]["rope"] = "interleaved"
+    for part in ("encoder", "predictor"):
+        record["model"][part]["rope"] = "interleaved"
     (ours / "config.json").write_text(json.dumps(record))
     checks = verify(ours, str(made / "hf"))
-    assert failed(checks) == [name for name in ENCODER if name != "encoder, weights"]
+    assert failed(checks) == [*ENCODER, "predictor"]
     assert all(check.error > 100 * TOLERANCE for check in checks if not check.ok)
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import jvjepa
 from jvjepa import ClassifierConfig, Encoder, Model, ModelConfig, PredictorConfig
 from jvjepa.errors import CheckpointError, ConfigError, InputError
-from jvjepa.weights import parameter_shapes, stack_layers, unstack_layers
+from jvjepa.parameters import parameter_shapes, stack_layers, unstack_layers
 
 
 def _model(dtype: str = "float32") -> Model:
@@ -29,8 +29,7 @@ def _model(dtype: str = "float32") -> Model:
         for name, shape in parameter_shapes(config).items()
     }
     encoder = Encoder(config.encoder, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
-    parts = {"predictor": None, "classifier": None, "source": None}
-    return Model(config=config, encoder=encoder, params=unflatten_dict(flat), **parts)
+    return Model(config=config, encoder=encoder, params=unflatten_dict(flat), source=None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -61,8 +60,8 @@ def test_save_refuses_what_does_not_fit(tmp_path: Path) -> None:
     model = _model()
     params = unflatten_dict(flatten_dict(model.params))
     params["encoder"]["norm"]["scale"] = jnp.ones((47,))
-    del params["classifier"]["bias"]
-    with pytest.raises(CheckpointError, match=r"2 tensors do not fit: missing classifier/bias"):
+    del params["classifier"]["linear"]["bias"]
+    with pytest.raises(CheckpointError, match=r"2 tensors do not fit: missing classifier/lin"):
         jvjepa.save(tmp_path / "m", dataclasses.replace(model, params=params))
     mixed = jax.tree.map(lambda x: x, dict(model.params))
     mixed["classifier"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), mixed["classifier"])
@@ -122,7 +121,7 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps({"model_type": "vjepa2"}))
     with pytest.raises(CheckpointError, match="convert it first: jvjepa convert"):
         jvjepa.load(tmp_path)
-    config.write_text(json.dumps({"format": "jvjepa-1", "model": {"encoder": {}}}))
+    config.write_text(json.dumps({"format": "jvjepa-2", "model": {"encoder": {}}}))
     with pytest.raises(CheckpointError, match="missing fields"):
         jvjepa.load(tmp_path)
 

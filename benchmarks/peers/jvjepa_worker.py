@@ -10,7 +10,7 @@ from protocol import Message, Workload, serve, time_calls, versions, workload_of
 from jvjepa import Encoder, EncoderConfig, gating, streaming
 from jvjepa.encoder import forward_flops
 from jvjepa.gating import Gate
-from jvjepa.weights import unstack_layers
+from jvjepa.parameters import unstack_layers
 
 ENCODE, SKIP = Gate(tau=0.0), Gate(tau=2.0, max_hold=1_000_000)
 

@@ -1,0 +1,269 @@
+"""Saying what a file or a folder is, whether it is whole, and what to do with it."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from jvjepa import weights as our_weights
+from jvjepa.config import EncoderConfig, ModelConfig
+from jvjepa.convert.architecture import Hints, infer, released_probe
+from jvjepa.convert.huggingface import hf_entries
+from jvjepa.convert.meta import ENCODER_KEYS, meta_entries, model_parts, open_parts
+from jvjepa.convert.source import open_weights, read_config
+from jvjepa.convert.tables import expected_shapes
+from jvjepa.convert.torchfile import TorchFile, inspect_pickle, open_torch
+from jvjepa.errors import CheckpointError, InputError
+from jvjepa.parameters import count_parameters
+from jvjepa.registry import RELEASES
+from jvjepa.storage import open_safetensors
+from jvjepa.weights import check_names, check_stored
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What was found.
+
+    Args:
+        path: what was looked at.
+        kind: what it is, in a few words.
+        facts: more about it, by what each is about.
+        problems: what is wrong with it; empty if it is whole.
+        commands: what to type next.
+    """
+
+    path: Path
+    kind: str
+    facts: dict[str, str]
+    problems: list[str]
+    commands: list[str]
+
+
+def diagnose(path: str | Path) -> Diagnosis:
+    """Looks at a checkpoint without converting it, and without running anything in it.
+
+    Args:
+        path: a converted folder, a Hugging Face folder, a `.pt` file of Meta's, or what may be one.
+
+    Returns:
+        The diagnosis. A damaged or unknown file is a diagnosis too.
+
+    Raises:
+        InputError: there is nothing at that path, or torch is not installed and it is needed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    try:
+        if not path.is_dir():
+            return _torch_file(path)
+        if not (path / our_weights.CONFIG_FILE).exists():
+            return _folder_without_config(path)
+        return _ours(path) if _is_ours(path) else _hugging_face(path)
+    except CheckpointError as error:
+        facts = _files([path]) if path.is_file() else {}
+        return Diagnosis(
+            path=path,
+            kind="cannot be used",
+            facts=facts,
+            problems=[str(error)],
+            commands=[],
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        values = json.loads((folder / our_weights.CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError:
+        return False  # reading it as Hugging Face's says what is wrong with it
+    return isinstance(values, dict) and "format" in values
+
+
+def _ours(folder: Path) -> Diagnosis:
+    config, source = our_weights.read_record(folder)
+    path = folder / our_weights.WEIGHTS_FILE
+    facts = _describe(config)
+    if source is not None:
+        revision = f" at {source.revision}" if source.revision else ""
+        facts["converted from"] = f"{source.name}{revision}, sha256 {source.sha256}"
+    problems = []
+    with open_safetensors(path) as file:
+        try:
+            facts["dtype"] = check_stored(path, file, config).name
+        except CheckpointError as error:
+            problems.append(str(error))
+    facts |= _files([path])
+    verb = "classify" if config.classifier is not None else "embed"
+    out = "" if config.classifier is not None else " --out embedding.npz"
+    return Diagnosis(
+        path=folder,
+        kind="a converted checkpoint",
+        facts=facts,
+        problems=problems,
+        commands=[
+            f"jvjepa {verb} {folder} VIDEO{out}",
+            f"jvjepa stream {folder} VIDEO --out F.npz",
+        ],
+    )
+
+
+def _hugging_face(folder: Path) -> Diagnosis:
+    _, config = read_config(folder)
+    facts, problems = _describe(config), []
+    with open_weights(folder) as weights:
+        facts["dtype"] = _dtypes(weights.tensors)
+        facts |= _files(list(weights.files))
+        try:
+            check_names(str(folder), weights.shapes, expected_shapes(hf_entries(config)))
+        except CheckpointError as error:
+            problems.append(str(error))
+    return Diagnosis(
+        path=folder,
+        kind="a Hugging Face checkpoint of V-JEPA 2",
+        facts=facts,
+        problems=problems,
+        commands=[f"jvjepa convert {folder} OUT", f"jvjepa verify OUT {folder}"],
+    )
+
+
+def _folder_without_config(folder: Path) -> Diagnosis:
+    names = sorted(entry.name for entry in folder.iterdir())
+    shown = ", ".join(names[:10]) + (", .." if len(names) > 10 else "")
+    return Diagnosis(
+        path=folder,
+        kind="a folder without a config.json",
+        facts={"files": shown or "none"},
+        problems=["it is neither a converted checkpoint nor one of Hugging Face's"],
+        commands=[f"jvjepa doctor {folder / name}" for name in names if name.endswith(".pt")],
+    )
+
+
+def _torch_file(path: Path) -> Diagnosis:
+    report = inspect_pickle(path)
+    if report.code:
+        return Diagnosis(
+            path=path,
+            kind="a file of torch.save that holds code; it was not loaded",
+            facts=_files([path]),
+            problems=[f"loading it would run {', '.join(report.code)}"],
+            commands=[],
+        )
+    with open_torch(path) as file:
+        if "classifiers[0]" in file.parts:
+            return _probe(file)
+        if any(key in file.parts for key in ENCODER_KEYS):
+            return _pretrained(file)
+        return Diagnosis(
+            path=path,
+            kind="a file of torch.save, not of Meta's V-JEPA",
+            facts={"holds": str(file), **_files([path])},
+            problems=[f"an encoder would be under {', '.join(ENCODER_KEYS)}"],
+            commands=[],
+        )
+
+
+def _pretrained(file: TorchFile) -> Diagnosis:
+    """Every encoder that is in the file is looked at."""
+    facts, problems, commands = {"holds": str(file)}, [], []
+    for key in ENCODER_KEYS:
+        if key not in file.parts:
+            continue
+        weights = open_parts(file, model_parts(file, key))
+        facts[f"{key}, dtype"] = _dtypes(weights.tensors)
+        facts |= {f"left out, {name}": why for name, why in weights.dropped.items()}
+        # Numbers of heads and of pixels change no shape; where nobody knows them, any will do here.
+        config, unknown = _infer(file.path, weights.shapes)
+        try:
+            wanted = expected_shapes(meta_entries(config))
+            check_names(f"{file.path}, {key}", weights.shapes, wanted)
+        except CheckpointError as error:
+            problems.append(str(error))
+        facts |= {f"{key}, {what}": text for what, text in _describe(config, unknown).items()}
+        options = "".join(f" {option} .." for option in unknown)
+        commands.append(f"jvjepa convert {file.path} OUT --key {key}{options}")
+    facts |= _files([file.path])
+    return Diagnosis(
+        path=file.path,
+        kind="a checkpoint of Meta's V-JEPA",
+        facts=facts,
+        problems=problems,
+        commands=commands,
+    )
+
+
+def _infer(path: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[ModelConfig, list[str]]:
+    """The architecture, and the options without which `convert` would not know it."""
+    guesses = {"--heads": {"heads": 1}, "--predictor-heads": {"predictor_heads": 1}}
+    guesses["--crop-size"] = {"crop_size": 16 * 7 * 18}  # a multiple of any size of patch
+    given: dict[str, int] = {}
+    unknown: list[str] = []
+    while True:
+        try:
+            return infer(path, shapes, Hints(**given)), unknown
+        except CheckpointError:
+            raise
+        except InputError as error:
+            option = next(name for name in guesses if f"with {name}" in str(error))
+            given |= guesses.pop(option)
+            unknown.append(option)
+
+
+def _probe(file: TorchFile) -> Diagnosis:
+    weights = open_parts(file, {"classifier": ("classifiers", 0)})
+    shapes = weights.shapes
+    facts = {"holds": str(file), "dtype": _dtypes(weights.tensors)}
+    if "classifier.linear.weight" in shapes:
+        classes, width = shapes["classifier.linear.weight"]
+        facts["classes"] = f"{classes}, on an encoder of width {width}"
+    released = released_probe(file.path)
+    if released is not None:
+        facts["named as"] = f"the released probe for {released.encoder}"
+    return Diagnosis(
+        path=file.path,
+        kind="an attentive probe of Meta's, without an encoder",
+        facts={**facts, **_files([file.path])},
+        problems=[] if "classes" in facts else ["it has no classifier.linear.weight"],
+        commands=[f"jvjepa convert --probe {file.path} --encoder MODEL --labels FILE OUT"],
+    )
+
+
+def _describe(config: ModelConfig, unknown: list[str] | tuple[str, ...] = ()) -> dict[str, str]:
+    encoder = config.encoder
+    family = "V-JEPA 2.1" if encoder.rope == "interleaved" else "V-JEPA 2"
+    family = "V-JEPA 2-AC" if config.action_predictor is not None else family
+    sizes = f"{family}, width {encoder.hidden_size}, {encoder.num_layers} layers"
+    if "--crop-size" not in unknown:
+        sizes += f", trained on {encoder.crop_size} pixels"
+    counts = count_parameters(config)
+    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    alike = [name for name, release in RELEASES.items() if _alike(config, release.config)]
+    return {
+        "model": sizes,
+        "parameters": parts,
+        "released with these sizes": ", ".join(alike) or "none",
+    }
+
+
+def _alike(config: ModelConfig, release: ModelConfig) -> bool:
+    def sizes(encoder: EncoderConfig) -> tuple[Any, ...]:
+        return (encoder.hidden_size, encoder.num_layers, encoder.mlp_dim, encoder.rope)
+
+    parts = ("predictor", "classifier", "action_predictor")
+    same_parts = all(
+        (getattr(config, part) is None) == (getattr(release, part) is None) for part in parts
+    )
+    return same_parts and sizes(config.encoder) == sizes(release.encoder)
+
+
+def _dtypes(tensors: dict[str, Any]) -> str:
+    return ", ".join(sorted({tensor.dtype for tensor in tensors.values()}))
+
+
+def _files(paths: list[Path]) -> dict[str, str]:
+    facts = {}
+    for path in paths:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        facts[path.name] = f"{path.stat().st_size / 1e6:,.1f} MB, sha256 {digest}"
+    return facts

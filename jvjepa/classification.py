@@ -1,0 +1,375 @@
+"""Classifying a video as Meta's evaluation does: clips over time, crops over space, one answer.
+
+Reference: `src/datasets/video_dataset.py` (clips) and `evals/video_classification_frozen` (crops,
+and how their answers are combined) of Meta's V-JEPA 2.
+
+Two things are ours. Meta's evaluation draws the places of clips at random; here they are fixed, so
+that the same video gives the same answer. And frames are resized as `jvjepa.video.preprocess` does
+it, with antialiasing; Meta's resize depends on the type that the frames happen to have.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from numpy.typing import NDArray
+
+from jvjepa import preprocessing, video
+from jvjepa.decoding import (
+    Index,
+    Source,
+    UnexpectedError,
+    index_frames,
+    index_packets,
+    is_live,
+    locate,
+)
+from jvjepa.encoder import Encoder
+from jvjepa.errors import InputError, VideoError
+from jvjepa.heads import Classifier
+from jvjepa.preprocessing import Frames, HasCropSize
+from jvjepa.recording import check_output, named
+from jvjepa.storage import new_file
+from jvjepa.typing import Array, Params
+from jvjepa.weights import Model, load, read_record
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jvjepa import cli
+
+Combine = Literal["tokens", "probabilities"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classification:
+    """What a video shows.
+
+    Args:
+        probabilities: float32 [labels].
+        labels: their names.
+        views: how many crops of each clip were seen; 1 where the video is too square for others to
+            differ.
+        times: float64 [clips, T], the seconds at which the file first shows each frame.
+    """
+
+    probabilities: NDArray[np.float32]
+    labels: tuple[str, ...]
+    views: int
+    times: NDArray[np.float64]
+
+    @property
+    def clips(self) -> int:
+        """How many clips were seen; 1 where the video is too short for others to differ."""
+        return len(self.times)
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """Returns the k most probable labels and their probabilities, the most probable first.
+
+        Args:
+            k: 1 to the number of labels.
+
+        Raises:
+            InputError: `k` is not in that range.
+        """
+        if not 1 <= k <= len(self.labels):
+            raise InputError(f"top = {k}; there are {len(self.labels)} labels, take 1 to that many")
+        order = np.argsort(-self.probabilities, kind="stable")[:k]
+        return [(self.labels[i], float(self.probabilities[i])) for i in order]
+
+
+def classify(
+    model: Model,
+    source: Source,
+    *,
+    clips: int = 1,
+    views: int = 1,
+    num_frames: int | None = None,
+    frame_step: int | None = None,
+    combine: Combine = "tokens",
+    progress: Callable[[str], None] = lambda text: None,
+) -> Classification:
+    """Classifies a video file.
+
+    Meta's numbers (clips x views of frames) are 2 x 3 of 16 or 64 for Something-Something v2 and
+    4 x 3 of 32 for Diving48. Clips are decoded and encoded one at a time.
+
+    Args:
+        model: with a classifier; its `config.classifier.layers` says which layers it sees.
+        source: a path, or the URL of a file.
+        clips: clips, spread over the video as `clip_indices` says.
+        views: crops of each clip, spread along its long side as `crops` says.
+        num_frames: frames of a clip; None takes as many as the model was trained with.
+        frame_step: frames of the video for each frame of a clip, as in `clip_indices`; None takes
+            Meta's numbers: 4 for 16 frames, 2 for 32 or 64, 64 / num_frames for fewer than 16.
+        combine: what becomes one answer. "tokens": the classifier sees the tokens of all clips of
+            one view together, and the probabilities of the views are averaged, as in Meta's
+            evaluation. "probabilities": it sees every view of every clip alone, and all their
+            probabilities are averaged.
+        progress: told what runs now.
+
+    Returns:
+        Probabilities of the labels, and what they were computed from.
+
+    Raises:
+        InputError: the model has no classifier, or a number is impossible.
+        VideoError: the video is missing, damaged or live.
+    """
+    require_classifier(model.classifier, "the model")
+    encoder = model.config.encoder
+    num_frames = encoder.frames_per_clip if num_frames is None else num_frames
+    _check_counts(clips=clips, views=views, num_frames=num_frames)
+    frame_step = max(2, 64 // num_frames) if frame_step is None else frame_step
+    _check_counts(frame_step=frame_step)
+    if num_frames != 1 and num_frames % encoder.tubelet_size:
+        right = f"1, or a multiple of {encoder.tubelet_size}"
+        raise InputError(f"num_frames = {num_frames}; it must be {right}")
+    if combine not in get_args(Combine):
+        raise InputError(f"combine = {combine!r}; it must be one of {get_args(Combine)}")
+
+    def run(index: Index) -> Classification:
+        # In a short video all clips are the same one.
+        chosen = clip_indices(len(index.ticks), num_frames, clips, frame_step)
+        chosen = np.unique(chosen, axis=0)
+        times = np.array(
+            [[index.clock.seconds(int(t)) for t in index.ticks[row]] for row in chosen]
+        )
+        return _classify(model, source, times, views, combine, progress)
+
+    place = locate(source, video.Reconnect().timeout)
+    if place.live or (place.live is None and is_live(place)):
+        raise VideoError(f"{place.name}: is live and has no end; a file can be classified")
+    index = index_packets(place)
+    if index is not None:
+        try:
+            return run(index)
+        except UnexpectedError as error:
+            # The file is not as its packets say, or is damaged; the decoder has the last word.
+            _log.debug("%s; counting its frames by decoding it", error)
+    return run(index_frames(place))
+
+
+def clip_indices(
+    total_frames: int, num_frames: int, clips: int, frame_step: int
+) -> NDArray[np.int64]:
+    """Chooses the frames of clips that are spread over a video, as Meta's evaluation does.
+
+    A clip spans `num_frames * frame_step` frames, and the video is cut into as many equal segments
+    as there are clips. Where a segment is longer than a clip, the clip lies in its middle (Meta's
+    evaluation draws the place) and its frames are `linspace(start, start + span, num_frames)`, so
+    that they are a little more than `frame_step` apart and the last one is the span's last.
+
+    Where a segment is not longer, clips overlap: they begin at equal distances, the first with the
+    video and the last so that it ends with it. Then a clip's frames are spread over its span, or
+    over the whole video where that is shorter, one for each `frame_step`; those that are missing at
+    the end repeat the last. (The last but one frame of the span, to be exact: the original never
+    gives the very last.)
+
+    Args:
+        total_frames: frames of the video.
+        num_frames: frames of a clip.
+        clips: how many clips.
+        frame_step: frames of the video for each frame of a clip.
+
+    Returns:
+        int64 [clips, num_frames], from 0; they never go back within a clip.
+
+    Raises:
+        InputError: a number is below 1.
+    """
+    _check_counts(
+        total_frames=total_frames, num_frames=num_frames, clips=clips, frame_step=frame_step
+    )
+    span, segment = num_frames * frame_step, total_frames // clips
+    if segment > span:
+        start, stride = (segment - span) // 2, segment
+        frames = np.linspace(start, start + span, num_frames)
+        frames = np.minimum(frames, start + span - 1)
+    else:
+        span = min(span, total_frames)
+        stride = (total_frames - span) // max(1, clips - 1)
+        spread = np.linspace(0, span - 1, (span - 1) // frame_step)
+        frames = np.pad(spread, (0, num_frames - len(spread)), constant_values=span - 1)
+        frames = np.minimum(frames, max(0, span - 2))
+    return frames.astype(np.int64) + stride * np.arange(clips)[:, None]
+
+
+def crops(frames: Frames, config: HasCropSize, views: int) -> NDArray[np.float32]:
+    """Cuts square views out of frames along their long side, and normalises them.
+
+    One view is what `jvjepa.video.preprocess` gives. For more, the short side is resized to the
+    crop exactly, and the views begin at equal distances: 3 are left, centre and right, or top,
+    centre and bottom.
+
+    Args:
+        frames: uint8 [T, H, W, 3], RGB.
+        config: the model's; only `crop_size` is read.
+        views: how many, M.
+
+    Returns:
+        float32 [M, T, crop, crop, 3]; a single view where the sides differ so little that all views
+        are the same.
+
+    Raises:
+        InputError: `views` is below 1, or `frames` is not uint8 [T, H, W, 3].
+    """
+    _check_counts(views=views)
+    if views == 1:
+        return preprocessing.preprocess(frames, config)[None]
+    preprocessing._check_frames(frames)
+    crop = config.crop_size
+    rows, columns = preprocessing._resized(*frames.shape[1:3], crop)
+    step = (max(rows, columns) - crop) // (views - 1)
+    offsets = [step * i for i in range(views)] if step else [0]
+    down = preprocessing._taps(frames.shape[1], rows, 0, rows)
+    across = preprocessing._taps(frames.shape[2], columns, 0, columns)
+    table, channel = preprocessing._normalised(), np.arange(3)
+
+    pixels = np.empty((len(offsets), len(frames), crop, crop, 3), np.float32)
+    for i, frame in enumerate(frames):
+        resized = preprocessing._resize_axis(frame, across, axis=1)
+        resized = preprocessing._resize_axis(resized, down, axis=0)
+        for view, at in enumerate(offsets):
+            square = resized[at : at + crop] if rows > columns else resized[:, at : at + crop]
+            pixels[view, i] = table[channel, square]
+    return pixels
+
+
+def require_classifier(classifier: object, name: str) -> None:
+    """Raises InputError, which calls the model `name`, where its classifier is None."""
+    if classifier is None:
+        raise InputError(
+            f"{name} has no classifier; convert a classification checkpoint, or attach a probe: "
+            "jvjepa convert --probe FILE.pt --encoder MODEL OUT --labels FILE"
+        )
+
+
+def classify_command(options: "cli.Classify", console: "Console") -> int:
+    """`jvjepa classify`."""
+    if options.top < 1:
+        raise InputError(f"top = {options.top}; it must be 1 or more")
+    if options.json is not None:
+        check_output(options.json, suffix=".json", force=options.force)
+    require_classifier(read_record(options.model)[0].classifier, str(options.model))
+    model = load(options.model, dtype=options.dtype, attention=options.attention)
+    begin = time.perf_counter()
+    with console.status("") as status:
+        found = classify(
+            model,
+            options.video,
+            clips=options.clips,
+            views=options.views,
+            num_frames=options.num_frames,
+            frame_step=options.frame_step,
+            combine=options.combine,
+            progress=lambda text: status.update(text),
+        )
+    seconds = time.perf_counter() - begin
+    best = found.top(min(options.top, len(found.labels)))
+    for label, probability in best:
+        console.print(f"{probability:7.2%}  {label}")
+    console.print(
+        f"{found.clips} x {found.views} (clips x views) of {found.times.shape[1]} frames from "
+        f"{found.times.min():.2f} to {found.times.max():.2f} s, {seconds:.1f} s with compilation"
+    )
+    if options.json is not None:
+        record = {
+            "video": options.video,
+            "labels": [label for label, _ in best],
+            "probabilities": [probability for _, probability in best],
+            "clips": found.clips,
+            "views": found.views,
+            "model": str(options.model),
+        }
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        with named(options.json), new_file(options.json) as work:
+            work.write_text(text, encoding="utf-8")
+        console.print(f"wrote {options.json}")
+    return 0
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name} = {count}; it must be 1 or more")
+
+
+def _classify(
+    model: Model,
+    source: Source,
+    times: NDArray[np.float64],
+    views: int,
+    combine: Combine,
+    progress: Callable[[str], None],
+) -> Classification:
+    """Classifies the clips whose frames the file first shows at `times` [clips, T]."""
+    encode = functools.partial(_encode, model.encoder, model.params["encoder"])
+    answer = functools.partial(_probabilities, model.classifier, model.params["classifier"])
+    config = model.config.classifier
+    tokens: list[list[Array]] = []  # of every view of every clip
+    answers: list[Array] = []
+    for i, clip in enumerate(_read(source, times, model.config, views)):
+        progress(f"clip {i + 1} of {len(times)}")
+        encoded = [encode(view[None], config.layers) for view in clip]
+        views = len(encoded)
+        if combine == "tokens":
+            tokens.append(encoded)
+        else:
+            answers += [answer([view]) for view in encoded]
+    answers += [answer(list(clips)) for clips in zip(*tokens, strict=True)]
+    return Classification(
+        probabilities=np.mean(jax.device_get(answers), axis=0, dtype=np.float32),
+        labels=config.labels,
+        views=views,
+        times=times,
+    )
+
+
+def _read(
+    source: Source, times: NDArray[np.float64], config: HasCropSize, views: int
+) -> Iterator[NDArray[np.float32]]:
+    """Yields the views [M, T, crop, crop, 3] of each clip, whose frames begin at `times`."""
+    name = locate(source, video.Reconnect().timeout).name
+    shape: tuple[int, ...] | None = None
+    for clip in times:
+        wanted, places = np.unique(clip, return_inverse=True)
+        kept = []
+        with contextlib.closing(video.stream(source, start=float(wanted[0]))) as frames:
+            due = ((frame, at) for frame, at in frames if at in wanted)
+            for frame, at in itertools.islice(due, len(wanted)):
+                shape = shape or frame.shape
+                if frame.shape != shape:
+                    sizes = " to ".join(f"{w} x {h}" for h, w, _ in (shape, frame.shape))
+                    raise VideoError(f"{name}: its size changes from {sizes} at {at:.3f} s")
+                kept.append(crops(frame[None], config, views))
+        if len(kept) < len(wanted):
+            raise UnexpectedError(f"{name}: no frame comes for {wanted[len(kept)]:.3f} s")
+        yield np.concatenate(kept, axis=1)[:, places]
+
+
+@functools.partial(jax.jit, static_argnames=("encoder", "layers"))
+def _encode(encoder: Encoder, params: Params, clip: Array, layers: tuple[int, ...]) -> Array:
+    """The tokens [1, n·N, D] of a clip: of the last layer, or of `layers` one after the other."""
+    if not layers:
+        return encoder.apply({"params": params}, clip)
+    levels = encoder.apply({"params": params}, clip, method="levels", layers=layers)
+    return rearrange(levels, "n b t d -> b (n t) d")
+
+
+@functools.partial(jax.jit, static_argnames="classifier")
+def _probabilities(classifier: Classifier, params: Params, clips: list[Array]) -> Array:
+    """Float32 [labels], from the tokens of some clips together."""
+    logits = classifier.apply({"params": params}, jnp.concatenate(clips, axis=1))[0]
+    return jax.nn.softmax(logits.astype(jnp.float32))
