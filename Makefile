@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow lint wheel bench clean
+.PHONY: demo test slow lint table check-table wheel bench clean
 
 demo: $(READY)
 	$(BIN)/jvjepa demo --out demo
@@ -18,6 +18,13 @@ slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# The README's tables of weights, from jvjepa/registry.py.
+table: $(READY)
+	$(BIN)/python .ci/weights_table.py --write
+
+check-table: $(READY)
+	$(BIN)/python .ci/weights_table.py --check
 
 # Builds the wheel and imports the installed copy, from a folder without the sources.
 wheel: $(READY)

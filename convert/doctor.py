@@ -13,8 +13,9 @@ from jvjepa.convert.huggingface import hf_entries
 from jvjepa.convert.meta import ENCODER_KEYS, meta_entries, model_parts, open_parts
 from jvjepa.convert.source import open_weights, read_config
 from jvjepa.convert.tables import expected_shapes
-from jvjepa.convert.torchfile import TorchFile, inspect_pickle, open_torch
-from jvjepa.errors import CheckpointError, InputError
+from jvjepa.convert.torchfile import TorchFile, open_torch
+from jvjepa.convert.torchpickle import inspect_pickle
+from jvjepa.errors import CheckpointError, ConfigError, InputError
 from jvjepa.parameters import count_parameters
 from jvjepa.registry import RELEASES
 from jvjepa.storage import open_safetensors
@@ -61,7 +62,7 @@ def diagnose(path: str | Path) -> Diagnosis:
         if not (path / our_weights.CONFIG_FILE).exists():
             return _folder_without_config(path)
         return _ours(path) if _is_ours(path) else _hugging_face(path)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         facts = _files([path]) if path.is_file() else {}
         return Diagnosis(
             path=path,

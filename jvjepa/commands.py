@@ -303,6 +303,7 @@ def info(options: cli.Info, console: Console) -> int:
         f"encoder: width {encoder.hidden_size}, {encoder.num_layers} layers, {encoder.num_heads} "
         f"heads of {encoder.head_width}, MLP {encoder.mlp_dim}, {encoder.rope} rope; trained on "
         f"{encoder.frames_per_clip} frames of {encoder.crop_size} x {encoder.crop_size}"
+        + (", and on images" if encoder.image_tokenizer else "")
     )
     if config.classifier is not None:
         labels = config.classifier.labels

@@ -395,7 +395,12 @@ def to_rgb(frame: av.VideoFrame, converter: VideoReformatter, place: Place) -> F
         VideoError: the file asks for a rotation that is no multiple of 90 degrees.
     """
     image = converter.reformat(frame, format="rgb24").to_ndarray()
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    try:
+        data = frame.side_data.get(Type.DISPLAYMATRIX)
+    except ValueError as error:  # of PyAV, for a kind of data that it has no name for, as EXIF
+        raise VideoError(
+            f"{place.name}: its frames carry data that PyAV cannot read: {error}"
+        ) from None
     if data is None:
         return image
     # A point (x, y), y down, is shown at (a x + c y, b x + d y). The whole matrix, because PyAV's

@@ -12,6 +12,7 @@ from jvjepa.config import (
 from jvjepa.errors import InputError
 
 _FILES = "https://dl.fbaipublicfiles.com/vjepa2"  # where Meta serves its .pt files
+_LICENCE = "not stated"  # theirs, as far as known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ class Release:
         licence: of the weights, as far as known.
         key: the sub-dictionary of the `.pt` file that holds the encoder which Meta's hub loads; ""
             for Hugging Face's.
+        parity: the largest relative error that `benchmarks/conversion.py NAME --verify` found
+            between ours and the PyTorch original, at full size, with random weights, on 4 frames,
+            in float32. None: not measured.
     """
 
     source: str
@@ -34,6 +38,7 @@ class Release:
     num_params: dict[str, int]
     licence: str
     key: str = ""
+    parity: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,7 @@ class Probe:
 
     Args:
         source: the URL of its file.
+        licence: of the weights, as far as known.
         encoder: the name of the release that it was trained on.
         num_classes: its classes; the file does not name them.
         layers: the encoder's layers that it sees, as in `ClassifierConfig`.
@@ -51,6 +57,7 @@ class Probe:
     """
 
     source: str
+    licence: str
     encoder: str
     num_classes: int
     layers: tuple[int, ...]
@@ -112,22 +119,36 @@ def _config_2_1(size: dict[str, int], *, teacher: int | None) -> ModelConfig:
 
 
 def _hub(
-    name: str, config: ModelConfig, num_params: int, licence: str = "MIT"
+    name: str,
+    config: ModelConfig,
+    num_params: int,
+    licence: str = "MIT",
+    parity: float | None = None,
 ) -> tuple[str, Release]:
     return name, Release(
-        source=f"facebook/{name}", config=config, num_params={"all": num_params}, licence=licence
+        source=f"facebook/{name}",
+        config=config,
+        num_params={"all": num_params},
+        licence=licence,
+        parity=parity,
     )
 
 
 def _pt(
-    name: str, file: str, key: str, config: ModelConfig, **num_params: int
+    name: str,
+    file: str,
+    key: str,
+    config: ModelConfig,
+    parity: float | None = None,
+    **num_params: int,
 ) -> tuple[str, Release]:
     return name, Release(
         source=f"{_FILES}/{file}",
         config=config,
         num_params=num_params,
-        licence="not stated",
+        licence=_LICENCE,
         key=key,
+        parity=parity,
     )
 
 
@@ -198,6 +219,7 @@ def _probe(
     name = file.removesuffix(".pt")
     return name, Probe(
         source=f"{_FILES}/evals/{file}",
+        licence=_LICENCE,
         encoder=encoder,
         num_classes=num_classes,
         layers=layers,

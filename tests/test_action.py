@@ -10,6 +10,7 @@ import official
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from jax.tree_util import Partial
 from models import random_video, relative_error, tiny_model
 from torch.nn import functional
 
@@ -17,7 +18,9 @@ from jvjepa import registry
 from jvjepa.action import ActionPredictor, encode_frames
 from jvjepa.config import ModelConfig
 from jvjepa.errors import ConfigError, InputError
+from jvjepa.layers import normalize
 from jvjepa.parameters import parameter_shapes, unstack_layers
+from jvjepa.planning import CEMConfig, plan, rollout
 from jvjepa.typing import Array, Params
 
 TOLERANCE = 1e-5
@@ -305,3 +308,19 @@ def test_frames_that_cannot_be_encoded_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=message):
             encode_frames(encoder, params, np.zeros(shape, np.float32))
+
+
+def test_planning_finds_the_action_that_was_hidden() -> None:
+    """The predictor as a world model: what it imagines of an action, planning gives back."""
+    predictor, params, _, _ = golden()
+    predict = Partial(functools.partial(predictor.apply, grid=GRID), {"params": params})
+    rng = np.random.default_rng(0)
+    tokens = normalize(jnp.asarray(rng.normal(size=(16, 32)), jnp.float32), 1e-5)
+    state = jnp.asarray([0.4, 0.0, 0.3, 3.0, 0.1, -1.0, 0.5], jnp.float32)
+    hidden = np.zeros((1, 1, 7), np.float32)
+    hidden[..., [0, 1, 2, 6]] = 0.03, -0.04, 0.02, 0.6
+    goal = rollout(predict, tokens[None], state[None], hidden).tokens[0]
+    config = CEMConfig(rollout=1, samples=100, steps=8)
+    found = plan(predict, config, jax.random.key(0), tokens, state, goal)
+    np.testing.assert_allclose(found.actions, hidden[0], atol=5e-3)
+    assert found.objective[-1] < found.objective[0] / 10

@@ -148,10 +148,9 @@ def test_parity_with_transformers(width: int, heads: int) -> None:
     assert relative_error(logits, expected[1]) <= MODULE
 
 
-@pytest.mark.parametrize("tokens", [1, 600])  # 600 is more than one block of queries
-def test_parity_whatever_the_number_of_tokens(tokens: int) -> None:
+def test_parity_on_more_tokens_than_a_block_of_queries() -> None:
     theirs = theirs_of(24, 2)
-    x = random_tokens(3, tokens, 48)
+    x = random_tokens(3, 600, 48)
     logits = apply(ours_of(theirs), classifier_params(theirs), x)
     assert relative_error(logits, torch_logits(theirs, x)[1]) <= MODULE
 
@@ -183,10 +182,9 @@ def test_parity_with_meta() -> None:
     assert relative_error(apply(classifier, params, tokens), expected) <= MODULE
 
 
-@pytest.mark.parametrize("heads", [1, 16])
-def test_another_number_of_heads_loads_but_fails_parity(heads: int) -> None:
+def test_another_number_of_heads_loads_but_fails_parity() -> None:
     classifier, params, tokens, expected = golden()
-    config = dataclasses.replace(classifier.config, num_heads=heads)
+    config = dataclasses.replace(classifier.config, num_heads=16)
     other = dataclasses.replace(classifier, config=config)
     assert relative_error(apply(other, params, tokens), expected) > 100 * MODULE
 
@@ -258,8 +256,10 @@ def test_the_order_of_tokens_and_repeating_them_all_change_nothing() -> None:
     order = np.random.default_rng(0).permutation(tokens.shape[1])
     for same in (tokens[:, order], np.concatenate([tokens, tokens], axis=1)):
         assert relative_error(apply(classifier, params, same), expected) <= 3e-6
-    fewer = apply(classifier, params, tokens[:, 1:])
-    assert relative_error(fewer, expected) > 100 * MODULE
+    other = np.concatenate(
+        [tokens[:, :1], tokens[:, :-1]], axis=1
+    )  # one of them instead of another
+    assert relative_error(apply(classifier, params, other), expected) > 100 * MODULE
 
 
 def test_rows_of_a_batch_do_not_affect_each_other() -> None:
