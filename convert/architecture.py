@@ -104,6 +104,7 @@ def infer_probe(
     *,
     heads: int | None,
     layers: tuple[int, ...] | None,
+    frames: int | None,
 ) -> ClassifierConfig:
     """Finds the architecture of a probe.
 
@@ -114,6 +115,8 @@ def infer_probe(
         heads: attention heads of its pooler; None means Meta's 16.
         layers: the encoder's layers that it sees; None means those of the released probe of that
             file name, else the last one.
+        frames: frames of the clips that it was trained on; None means those of the released probe
+            of that file name, else as many as the encoder.
 
     Returns:
         The architecture.
@@ -133,12 +136,15 @@ def infer_probe(
     released = released_probe(path)
     if layers is None:
         layers = released.layers if released else ()
+    if frames is None:
+        frames = released.frames if released else None
     return ClassifierConfig(
         labels=labels,
         num_layers=_count(path, shapes, "classifier.pooler.blocks"),
-        num_heads=heads or _PROBE_HEADS,
+        num_heads=_PROBE_HEADS if heads is None else heads,
         layer_norm_eps=1e-5,
         layers=layers,
+        frames_per_clip=frames,
     )
 
 

@@ -227,6 +227,8 @@ def to_hf_config(config: ModelConfig, base: Mapping[str, Any] | None) -> dict[st
                 f"ClassifierConfig.layers = {classifier.layers}: Hugging Face's V-JEPA 2 feeds its "
                 "pooler the last layer alone"
             )
+        if classifier.frames_per_clip is not None:
+            _check_same(classifier, encoder, "frames_per_clip")
         new["num_pooler_layers"] = classifier.num_layers
         names = {str(i): name for i, name in enumerate(classifier.labels)}
         if dict(meant.get("id2label") or {}) != names:

@@ -39,6 +39,7 @@ def attach_probe(
     index: int | None = None,
     heads: int | None = None,
     layers: tuple[int, ...] | None = None,
+    frames: int | None = None,
     force: bool = False,
 ) -> Report:
     """Makes a checkpoint of a converted encoder and a probe of Meta's.
@@ -52,6 +53,8 @@ def attach_probe(
         heads: attention heads of the pooler; None means Meta's 16.
         layers: see `ClassifierConfig.layers`; None means what the released probe of that file name
             takes, else the last layer alone.
+        frames: frames of the clips that the probe was trained on; None means those of the released
+            probe of that file name, else as many as the encoder.
         force: replace `out`.
 
     Returns:
@@ -70,7 +73,9 @@ def attach_probe(
     with open_torch(probe) as file, open_safetensors(encoder / WEIGHTS_FILE) as stored:
         dtype = check_stored(encoder / WEIGHTS_FILE, stored, config)
         weights = open_parts(file, {"classifier": ("classifiers", _index(file, index))})
-        classifier = infer_probe(probe, weights.shapes, labels, heads=heads, layers=layers)
+        classifier = infer_probe(
+            probe, weights.shapes, labels, heads=heads, layers=layers, frames=frames
+        )
         try:
             config = dataclasses.replace(config, classifier=classifier)
         except ConfigError as error:

@@ -1,11 +1,8 @@
 """Classifying a video as Meta's evaluation does: clips over time, crops over space, one answer.
 
-Reference: `src/datasets/video_dataset.py` (clips) and `evals/video_classification_frozen` (crops,
-and how their answers are combined) of Meta's V-JEPA 2.
-
-Two things are ours. Meta's evaluation draws the places of clips at random; here they are fixed, so
-that the same video gives the same answer. And frames are resized as `jvjepa.video.preprocess` does
-it, with antialiasing; Meta's resize depends on the type that the frames happen to have.
+Reference: `src/datasets/video_dataset.py` (clips) and `evals/video_classification_frozen` (how the
+answers to them are combined) of Meta's V-JEPA 2. Meta's evaluation draws the places of clips at
+random; here they are fixed, so that the same video gives the same answer.
 """
 
 import contextlib
@@ -24,7 +21,7 @@ import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 
-from jvjepa import preprocessing, video
+from jvjepa import video
 from jvjepa.decoding import (
     Index,
     Source,
@@ -37,7 +34,7 @@ from jvjepa.decoding import (
 from jvjepa.encoder import Encoder
 from jvjepa.errors import InputError, VideoError
 from jvjepa.heads import Classifier
-from jvjepa.preprocessing import Frames, HasCropSize
+from jvjepa.preprocessing import HasCropSize, crops
 from jvjepa.recording import check_output, named
 from jvjepa.storage import new_file
 from jvjepa.typing import Array, Params
@@ -110,8 +107,8 @@ def classify(
         model: with a classifier; its `config.classifier.layers` says which layers it sees.
         source: a path, or the URL of a file.
         clips: clips, spread over the video as `clip_indices` says.
-        views: crops of each clip, spread along its long side as `crops` says.
-        num_frames: frames of a clip; None takes as many as the model was trained with.
+        views: crops of each clip, spread along its long side, see `jvjepa.preprocessing.crops`.
+        num_frames: frames of a clip; None takes as many as the classifier was trained with.
         frame_step: frames of the video for each frame of a clip, as in `clip_indices`; None takes
             Meta's numbers: 4 for 16 frames, 2 for 32 or 64, 64 / num_frames for fewer than 16.
         combine: what becomes one answer. "tokens": the classifier sees the tokens of all clips of
@@ -128,8 +125,8 @@ def classify(
         VideoError: the video is missing, damaged or live.
     """
     require_classifier(model.classifier, "the model")
-    encoder = model.config.encoder
-    num_frames = encoder.frames_per_clip if num_frames is None else num_frames
+    encoder, trained = model.config.encoder, model.config.classifier.frames_per_clip
+    num_frames = (trained or encoder.frames_per_clip) if num_frames is None else num_frames
     _check_counts(clips=clips, views=views, num_frames=num_frames)
     frame_step = max(2, 64 // num_frames) if frame_step is None else frame_step
     _check_counts(frame_step=frame_step)
@@ -204,47 +201,6 @@ def clip_indices(
         frames = np.pad(spread, (0, num_frames - len(spread)), constant_values=span - 1)
         frames = np.minimum(frames, max(0, span - 2))
     return frames.astype(np.int64) + stride * np.arange(clips)[:, None]
-
-
-def crops(frames: Frames, config: HasCropSize, views: int) -> NDArray[np.float32]:
-    """Cuts square views out of frames along their long side, and normalises them.
-
-    One view is what `jvjepa.video.preprocess` gives. For more, the short side is resized to the
-    crop exactly, and the views begin at equal distances: 3 are left, centre and right, or top,
-    centre and bottom.
-
-    Args:
-        frames: uint8 [T, H, W, 3], RGB.
-        config: the model's; only `crop_size` is read.
-        views: how many, M.
-
-    Returns:
-        float32 [M, T, crop, crop, 3]; a single view where the sides differ so little that all views
-        are the same.
-
-    Raises:
-        InputError: `views` is below 1, or `frames` is not uint8 [T, H, W, 3].
-    """
-    _check_counts(views=views)
-    if views == 1:
-        return preprocessing.preprocess(frames, config)[None]
-    preprocessing._check_frames(frames)
-    crop = config.crop_size
-    rows, columns = preprocessing._resized(*frames.shape[1:3], crop)
-    step = (max(rows, columns) - crop) // (views - 1)
-    offsets = [step * i for i in range(views)] if step else [0]
-    down = preprocessing._taps(frames.shape[1], rows, 0, rows)
-    across = preprocessing._taps(frames.shape[2], columns, 0, columns)
-    table, channel = preprocessing._normalised(), np.arange(3)
-
-    pixels = np.empty((len(offsets), len(frames), crop, crop, 3), np.float32)
-    for i, frame in enumerate(frames):
-        resized = preprocessing._resize_axis(frame, across, axis=1)
-        resized = preprocessing._resize_axis(resized, down, axis=0)
-        for view, at in enumerate(offsets):
-            square = resized[at : at + crop] if rows > columns else resized[:, at : at + crop]
-            pixels[view, i] = table[channel, square]
-    return pixels
 
 
 def require_classifier(classifier: object, name: str) -> None:

@@ -59,6 +59,9 @@ class Convert:
     probe_layers: tuple[int, ...] | None = None
     """The encoder's layers that the probe sees; by default the last, or those of the released
     probe of that file name."""
+    probe_frames: int | None = None
+    """Frames of the clips that the probe was trained on; by default those of the released probe of
+    that file name, or the encoder's."""
     force: bool = False
     """Replace OUT."""
 
@@ -164,9 +167,9 @@ class Classify:
     views: int = 1
     """Crops of each clip: 1, the middle; 3, along the long side."""
     num_frames: int | None = None
-    """Frames of a clip; by default as many as the model was trained with."""
+    """Frames of a clip; by default as many as the classifier was trained with."""
     frame_step: int | None = None
-    """Take every so-manyth frame; by default so that the clips cover the video."""
+    """Take every so-manyth frame; by default 4 for 16 frames, and 2 for 32 or more."""
     combine: Combine = "tokens"
     """Let the classifier see the tokens of all clips together, as Meta's evaluation does, or
     average the probabilities of clips."""

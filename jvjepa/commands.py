@@ -43,7 +43,10 @@ def convert(options: cli.Convert, console: Console) -> int:
     if options.probe is not None:
         report = _attach(options)
     else:
-        of_probe = ("encoder", "labels", "probe_index", "probe_heads", "probe_layers")
+        of_probe = (
+            *("encoder", "labels", "probe_index"),
+            *("probe_heads", "probe_layers", "probe_frames"),
+        )
         odd = [name for name in of_probe if getattr(options, name) is not None]
         if odd or options.out is None:
             what = f"--{odd[0].replace('_', '-')} is for --probe" if odd else "OUT is missing"
@@ -88,6 +91,7 @@ def _attach(options: cli.Convert) -> "Report":
         index=options.probe_index,
         heads=options.probe_heads,
         layers=options.probe_layers,
+        frames=options.probe_frames,
         force=options.force,
     )
 
@@ -307,7 +311,11 @@ def info(options: cli.Info, console: Console) -> int:
     )
     if config.classifier is not None:
         labels = config.classifier.labels
-        console.print(f"classifier: {len(labels)} classes, {labels[0]!r} to {labels[-1]!r}")
+        frames = config.classifier.frames_per_clip or encoder.frames_per_clip
+        console.print(
+            f"classifier: {len(labels)} classes, {labels[0]!r} to {labels[-1]!r}; "
+            f"{config.classifier.num_heads} heads, trained on {frames} frames"
+        )
     tokens = encoder.frames_per_clip // encoder.tubelet_size * encoder.config_grid**2
     backend = resolve("auto", (1, encoder.num_heads, tokens, tokens))
     console.print(f"attention here, {tokens} tokens: {backend} on {jax.default_backend()}")

@@ -273,6 +273,8 @@ class ClassifierConfig:
             Hugging Face's code.
         layers: the encoder's layers, counted from 0, whose normed tokens the pooler sees one after
             the other, as Meta's Diving48 probes do; () means the last layer alone.
+        frames_per_clip: frames of the clips that it was trained on, 1 or a multiple of the
+            encoder's `tubelet_size`; None means as many as the encoder.
 
     Raises:
         ConfigError: a value is impossible.
@@ -283,10 +285,12 @@ class ClassifierConfig:
     num_heads: int
     layer_norm_eps: float = 1e-6
     layers: tuple[int, ...] = ()
+    frames_per_clip: int | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        _check_positive_ints(self, "num_layers", "num_heads")
+        frames = () if self.frames_per_clip is None else ("frames_per_clip",)
+        _check_positive_ints(self, "num_layers", "num_heads", *frames)
         _check(_ascending(self.layers), self, "layers", "a tuple of ascending layers")
         strings = isinstance(self.labels, tuple) and all(isinstance(x, str) for x in self.labels)
         _check(strings and len(self.labels) > 0, self, "labels", "a tuple of one or more names")
@@ -338,6 +342,10 @@ class ModelConfig:
             known = encoder.levels or range(encoder.num_layers)
             right = f"among the encoder's normed layers, {list(known)}"
             _check(set(classifier.layers) <= set(known), classifier, "layers", right)
+            frames = classifier.frames_per_clip
+            fits = frames in (None, 1) or frames % encoder.tubelet_size == 0
+            right = f"1 or a multiple of the encoder's tubelet_size, {encoder.tubelet_size}"
+            _check(fits, classifier, "frames_per_clip", right)
 
     @property
     def crop_size(self) -> int:

@@ -1,12 +1,15 @@
-"""From uint8 frames to the pixels that the encoder takes, as Hugging Face's processor does it.
+"""From uint8 frames to the pixels that the encoder takes.
+
+`preprocess` is Hugging Face's processor; `crops` cuts the views of Meta's evaluation.
 
 The resize is written here, in integers, and not left to Pillow: Pillow's bilinear kernel differs
 from torch's (which the reference uses) in up to 1 % of the values, by 1 and rarely by 2 of 255.
 This one is equal to torch's on every pixel, and because each output pixel is computed on its own,
-only the pixels that the centre crop keeps are computed.
+only the pixels that a crop keeps are computed.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,7 +25,7 @@ _RIGHT = "right is uint8 [T, H, W, 3], RGB, 0 to 255"
 
 
 class HasCropSize(Protocol):
-    """What `preprocess` needs of a configuration; `ModelConfig` has it."""
+    """What `preprocess` and `crops` need of a configuration; `ModelConfig` has it."""
 
     @property
     def crop_size(self) -> int:
@@ -64,20 +67,63 @@ def preprocess(frames: Frames, config: HasCropSize) -> NDArray[np.float32]:
     """
     _check_frames(frames)
     crop = config.crop_size
-    height, width = frames.shape[1:3]
-    rows, columns = _resized(height, width, int(crop * 256 / 224))
-    top, left = int((rows - crop) / 2.0), int((columns - crop) / 2.0)
-    across = _taps(width, columns, left, left + crop)
-    down = _taps(height, rows, top, top + crop)
+    rows, columns = _resized(*frames.shape[1:3], int(crop * 256 / 224))
+    centre = int((rows - crop) / 2.0), int((columns - crop) / 2.0)
+    return _cut(frames, (rows, columns), [centre], crop)[0]
+
+
+def crops(frames: Frames, config: HasCropSize, views: int) -> NDArray[np.float32]:
+    """Cuts square views out of frames along their long side, and normalises them.
+
+    One view is what `preprocess` gives. For more, the short side is resized to the crop exactly,
+    and the views begin at equal distances: 3 are left, centre and right, or top, centre and bottom.
+    The places are those of `evals/video_classification_frozen` of Meta's V-JEPA 2, the resize is
+    that of `preprocess`; Meta's depends on the type that the frames happen to have.
+
+    Args:
+        frames: as in `preprocess`.
+        config: as in `preprocess`.
+        views: how many, M.
+
+    Returns:
+        float32 [M, T, crop, crop, 3]; a single view where the sides differ so little that all views
+        are the same.
+
+    Raises:
+        InputError: `views` is below 1, or `frames` is not uint8 [T, H, W, 3], or is empty.
+    """
+    if views < 1:
+        raise InputError(f"views = {views}; it must be 1 or more")
+    if views == 1:
+        return preprocess(frames, config)[None]
+    _check_frames(frames)
+    crop = config.crop_size
+    rows, columns = _resized(*frames.shape[1:3], crop)
+    step = (max(rows, columns) - crop) // (views - 1)
+    offsets = [step * i for i in range(views)] if step else [0]
+    corners = [(at, 0) if rows > columns else (0, at) for at in offsets]
+    return _cut(frames, (rows, columns), corners, crop)
+
+
+def _cut(
+    frames: Frames, size: tuple[int, int], corners: Sequence[tuple[int, int]], crop: int
+) -> NDArray[np.float32]:
+    """Resizes to `size`, cuts at M corners (row, column), normalises: [M, T, crop, crop, 3]."""
+    tops, lefts = zip(*corners, strict=True)
+    top, left = min(tops), min(lefts)
+    down = _taps(frames.shape[1], size[0], top, max(tops) + crop)
+    across = _taps(frames.shape[2], size[1], left, max(lefts) + crop)
     first, last = int(down.index.min()), int(down.index.max()) + 1
     down = down._replace(index=down.index - first)
 
     table = _normalised()
-    pixels = np.empty((len(frames), crop, crop, 3), np.float32)
-    for frame, out in zip(frames, pixels, strict=True):  # one by one: the sums are 4 bytes a value
-        square = _resize_axis(_resize_axis(frame[first:last], across, axis=1), down, axis=0)
-        for channel in range(3):
-            np.take(table[channel], square[..., channel], out=out[..., channel])
+    pixels = np.empty((len(corners), len(frames), crop, crop, 3), np.float32)
+    for i, frame in enumerate(frames):  # one by one: the sums are 4 bytes a value
+        resized = _resize_axis(_resize_axis(frame[first:last], across, axis=1), down, axis=0)
+        for out, (row, column) in zip(pixels[:, i], corners, strict=True):
+            square = resized[row - top :, column - left :][:crop, :crop]
+            for channel in range(3):
+                np.take(table[channel], square[..., channel], out=out[..., channel])
     return pixels
 
 

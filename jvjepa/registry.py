@@ -118,29 +118,33 @@ def _config_2_1(size: dict[str, int], *, teacher: int | None) -> ModelConfig:
     return ModelConfig(encoder=encoder, predictor=predictor)
 
 
+# What `benchmarks/conversion.py NAME --verify` found, see `Release.parity`.
+_PARITY = {
+    "vjepa2-vith-fpc64-256": 1.4e-6,
+    "vjepa2-vitl-fpc16-256-ssv2": 1.5e-6,
+    "vjepa2_vit_large": 1.5e-6,
+    "vjepa2_vit_giant": 1.4e-6,
+    "vjepa2_ac_vit_giant": 1.4e-6,
+    "vjepa2_1_vit_base_384": 1.4e-6,
+    "vjepa2_1_vit_large_384": 1.5e-6,
+    "vjepa2_1_vit_giant_384": 1.5e-6,
+}
+
+
 def _hub(
-    name: str,
-    config: ModelConfig,
-    num_params: int,
-    licence: str = "MIT",
-    parity: float | None = None,
+    name: str, config: ModelConfig, num_params: int, licence: str = "MIT"
 ) -> tuple[str, Release]:
     return name, Release(
         source=f"facebook/{name}",
         config=config,
         num_params={"all": num_params},
         licence=licence,
-        parity=parity,
+        parity=_PARITY.get(name),
     )
 
 
 def _pt(
-    name: str,
-    file: str,
-    key: str,
-    config: ModelConfig,
-    parity: float | None = None,
-    **num_params: int,
+    name: str, file: str, key: str, config: ModelConfig, **num_params: int
 ) -> tuple[str, Release]:
     return name, Release(
         source=f"{_FILES}/{file}",
@@ -148,7 +152,7 @@ def _pt(
         num_params=num_params,
         licence=_LICENCE,
         key=key,
-        parity=parity,
+        parity=_PARITY.get(name),
     )
 
 

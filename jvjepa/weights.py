@@ -264,23 +264,24 @@ def load(
     check_backend(attention)
     config, source = read_record(folder)
     path = Path(folder) / WEIGHTS_FILE
+    params: dict[tuple[str, ...], jax.Array] = {}
     with open_safetensors(path) as file:
         param_dtype = check_stored(path, file, config)
-        stored = {name: file.get_tensor(name) for name in parameter_shapes(config)}
+        for name in parameter_shapes(config):  # one by one, so that no second copy of all is made
+            tree = unflatten_dict({tuple(name.split("/")): file.get_tensor(name)})
+            leaves = flatten_dict(tree if scan else unstack_layers(tree))
+            params |= {place: jnp.asarray(leaf) for place, leaf in leaves.items()}
     dtypes = (param_dtype if dtype is None else DTYPES[dtype], param_dtype)
 
     def make(module: type[nn.Module], part: Any) -> Any:
         return None if part is None else module(part, config.encoder, *dtypes, attention, scan)
 
-    params = unflatten_dict(stored, sep="/")
-    if not scan:
-        params = unstack_layers(params)
     return Model(
         config=config,
         encoder=Encoder(config.encoder, *dtypes, attention, scan),
         predictor=make(Predictor, config.predictor),
         classifier=make(Classifier, config.classifier),
         action_predictor=make(ActionPredictor, config.action_predictor),
-        params=jax.tree.map(jnp.asarray, params),
+        params=unflatten_dict(params),
         source=source,
     )

@@ -4,17 +4,14 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
-import types
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-import torch
+from evaluation import reference_indices, reference_logits, torch_crops
 from flax.traverse_util import unflatten_dict
 from models import relative_error
 from rich.console import Console
@@ -22,11 +19,13 @@ from videofiles import decode_all, moving_frames, serve, write_video
 
 import jvjepa
 from jvjepa import Encoder, Model, ModelConfig, classification, video
-from jvjepa.classification import Classification, classify, classify_command, clip_indices, crops
+from jvjepa.classification import Classification, classify, classify_command
 from jvjepa.config import ClassifierConfig, EncoderConfig
 from jvjepa.errors import InputError, VideoError
 from jvjepa.heads import Classifier
 from jvjepa.parameters import parameter_shapes, unstack_layers
+from jvjepa.preprocessing import crops
+from jvjepa.typing import Params
 
 CROP, FRAMES, STEP = 32, 4, 3  # of the tiny model, and of its clips
 LABELS = ("Pushing [something] left", "Größe", "c", "d", "e", "f", "g")
@@ -83,174 +82,35 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_video(folder / "short.mp4", moving_frames(9, 64, 48), FPS)
 
 
-# --- Clips --------------------------------------------------------------------------------------
-
-
-def reference_indices(total: int, num_frames: int, clips: int, step: int) -> list[list[int]]:
-    """Frame by frame, in exact fractions, what section 5 of Meta's evaluation does."""
-
-    def spread(first: int, last: int, count: int) -> list[Fraction]:
-        if count == 1:
-            return [Fraction(first)]
-        return [first + Fraction((last - first) * i, count - 1) for i in range(count)]
-
-    chosen = []
-    for clip in range(clips):
-        if total // clips > num_frames * step:
-            begin = clip * (total // clips) + (total // clips - num_frames * step) // 2
-            end = begin + num_frames * step
-            row = [min(math.floor(x), end - 1) for x in spread(begin, end, num_frames)]
-        else:
-            seen = min(num_frames * step, total)
-            begin = clip * ((total - seen) // (clips - 1)) if clips > 1 else 0
-            row = [math.floor(x) for x in spread(0, seen - 1, (seen - 1) // step)]
-            while len(row) < num_frames:
-                row.append(seen - 1)
-            row = [begin + max(0, min(x, seen - 2)) for x in row]
-        chosen.append(row)
-    return chosen
-
-
-def test_clip_indices_of_many_sizes() -> None:
-    for total, num_frames, clips, step in itertools.product(
-        (1, 2, 3, 5, 11, 12, 13, 47, 48, 64, 65, 128, 129, 130, 300, 1001),
-        (1, 2, 4, 16, 32),
-        (1, 2, 3, 4, 8),
-        (1, 2, 3, 4),
-    ):
-        chosen = clip_indices(total, num_frames, clips, step)
-        case = f"{total} frames, {clips} clips of {num_frames}, step {step}"
-        assert chosen.shape == (clips, num_frames), case
-        assert chosen.dtype == np.int64, case
-        assert chosen.tolist() == reference_indices(total, num_frames, clips, step), case
-        assert chosen.min() >= 0, case
-        assert chosen.max() < total, case
-        assert (np.diff(chosen, axis=1) >= 0).all(), case
-        assert (np.diff(chosen, axis=0) >= 0).all(), case
-
-
-@pytest.mark.parametrize(
-    ("total", "num_frames", "clips", "step", "expected"),
-    [
-        # In the middle of each half; the last frame is the last of 8 and not the ninth.
-        (100, 4, 2, 2, [[21, 23, 26, 28], [71, 73, 76, 78]]),
-        # Overlapping; one frame in two, the rest repeats the last but one of 8.
-        (20, 4, 3, 2, [[0, 3, 6, 6], [6, 9, 12, 12], [12, 15, 18, 18]]),
-        # Too short for one clip: all clips are the same, the end is repeated.
-        (9, 6, 2, 2, [[0, 2, 5, 7, 7, 7]] * 2),
-        (1, 4, 2, 3, [[0, 0, 0, 0]] * 2),
-        (2, 4, 1, 3, [[0, 0, 0, 0]]),
-        (50, 1, 2, 4, [[10], [35]]),
-    ],
-)
-def test_clip_indices_by_hand(
-    total: int, num_frames: int, clips: int, step: int, expected: list[list[int]]
-) -> None:
-    assert clip_indices(total, num_frames, clips, step).tolist() == expected
-
-
-@pytest.mark.parametrize("name", ["total_frames", "num_frames", "clips", "frame_step"])
-def test_clip_indices_refuses_numbers_below_one(name: str) -> None:
-    numbers = {"total_frames": 9, "num_frames": 4, "clips": 2, "frame_step": 2, name: 0}
-    with pytest.raises(InputError, match=f"{name} = 0; it must be 1 or more"):
-        clip_indices(**numbers)
-
-
-# --- Views --------------------------------------------------------------------------------------
-
-
-def torch_crops(frames: np.ndarray, crop: int, views: int) -> np.ndarray:
-    """Float32 [M, T, crop, crop, 3], by torch's resize; equal views are there once."""
-    height, width = frames.shape[1:3]
-    short = crop if views > 1 else int(crop * 256 / 224)
-    size = (short, int(short * width / height))
-    if width < height:
-        size = (int(short * height / width), short)
-    images = torch.from_numpy(frames).movedim(-1, 1)
-    if images.shape[2:] != size:
-        how = {"mode": "bilinear", "antialias": True, "align_corners": False}
-        images = torch.nn.functional.interpolate(images, size, **how)
-    corners = [((size[0] - crop) // 2, (size[1] - crop) // 2)]
-    if views > 1:
-        steps = [i * ((max(size) - crop) // (views - 1)) for i in range(views)]
-        corners = [(at, 0) if size[0] > size[1] else (0, at) for at in sorted(set(steps))]
-    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
-    cut = [images[..., y : y + crop, x : x + crop].movedim(1, -1) for y, x in corners]
-    return torch.stack([(x.float() - mean * 255.0) / (std * 255.0) for x in cut]).numpy()
-
-
-SIZES = [(48, 80), (80, 48), (40, 40), (101, 100), (32, 57), (240, 320), (33, 500), (2, 5)]
-
-
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("views", [1, 2, 3, 5])
-def test_crops_are_torchs_pixel_for_pixel(size: tuple[int, int], views: int) -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
-    config = types.SimpleNamespace(crop_size=CROP)
-    before = frames.copy()
-
-    pixels = crops(frames, config, views)
-
-    assert pixels.dtype == np.float32
-    np.testing.assert_array_equal(pixels, torch_crops(frames, CROP, views))
-    np.testing.assert_array_equal(frames, before)
-    if views == 1:
-        np.testing.assert_array_equal(pixels[0], video.preprocess(frames, config))
-
-
-def test_three_views_are_left_centre_and_right() -> None:
-    frames = np.zeros((1, 32, 96, 3), np.uint8)
-    frames[:, :, 32:64], frames[:, :, 64:] = 100, 200
-    pixels = crops(frames, types.SimpleNamespace(crop_size=32), 3)
-    table = crops(np.full((1, 32, 32, 3), 100, np.uint8), types.SimpleNamespace(crop_size=32), 3)
-    assert table.shape[0] == 1  # a square has one
-    for view, value in enumerate((0, 100, 200)):
-        expected = (value / 255 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
-        wanted = np.broadcast_to(expected, (32, 32, 3))
-        np.testing.assert_allclose(pixels[view, 0], wanted, rtol=1e-5, atol=1e-6)
-    tall = crops(frames.swapaxes(1, 2), types.SimpleNamespace(crop_size=32), 3)
-    np.testing.assert_array_equal(tall, pixels.swapaxes(2, 3))
-
-
-def test_crops_refuses_bad_frames_and_numbers() -> None:
-    config = types.SimpleNamespace(crop_size=32)
-    for views in (1, 3):
-        with pytest.raises(InputError, match="frames are float32; right is uint8"):
-            crops(np.zeros((1, 40, 50, 3), np.float32), config, views)
-    with pytest.raises(InputError, match="views = 0; it must be 1 or more"):
-        crops(np.zeros((1, 40, 50, 3), np.uint8), config, 0)
-
-
 # --- Answers ------------------------------------------------------------------------------------
 
 
 @functools.cache
-def jitted(module: Encoder | Classifier, method: str | None) -> Callable[..., Any]:
-    return jax.jit(functools.partial(module.apply, method=method))
+def all_layers(encoder: Encoder) -> Callable[..., Any]:
+    return jax.jit(functools.partial(encoder.apply, method="layers"))
 
 
 def tokens_by_hand(model: Model, pixels: np.ndarray) -> np.ndarray:
-    """[1, n, D] of one clip [T, crop, crop, 3]."""
+    """[n, D] of one clip [T, crop, crop, 3]."""
     params, config = model.params["encoder"], model.config
-    outputs = jitted(model.encoder, "layers")({"params": params}, pixels[None])
+    outputs = all_layers(model.encoder)({"params": params}, pixels[None])
     wanted = config.classifier.layers
     if not wanted:
-        return np.asarray(outputs.tokens)
+        return np.asarray(outputs.tokens)[0]
     normed = []
     for layer in wanted:
-        x = np.asarray(outputs.layers[layer + 1], np.float64)
+        x = np.asarray(outputs.layers[layer + 1], np.float64)[0]
         x = x - x.mean(-1, keepdims=True)
         x = x / np.sqrt((x * x).mean(-1, keepdims=True) + config.encoder.layer_norm_eps)
         norm = params.get("norm") or {
             name: leaf[config.encoder.levels.index(layer)] for name, leaf in params["norms"].items()
         }
         normed.append(x * np.asarray(norm["scale"]) + np.asarray(norm["bias"]))
-    return np.concatenate(normed, axis=1).astype(np.float32)
+    return np.concatenate(normed)
 
 
 def softmax_by_hand(model: Model, tokens: np.ndarray) -> np.ndarray:
-    logits = jitted(model.classifier, None)({"params": model.params["classifier"]}, tokens)
-    weights = np.exp(np.asarray(logits[0], np.float64))
+    weights = np.exp(reference_logits(model.config.classifier, model.params["classifier"], tokens))
     return weights / weights.sum()
 
 
@@ -267,7 +127,7 @@ def by_hand(
         return np.mean([softmax_by_hand(model, each) for each in tokens.values()], axis=0)
     answers = []
     for view in sorted({view for _, view in tokens}):
-        together = np.concatenate([tokens[clip, view] for clip in range(clips)], axis=1)
+        together = np.concatenate([tokens[clip, view] for clip in range(clips)])
         answers.append(softmax_by_hand(model, together))
     return np.mean(answers, axis=0)
 
@@ -305,12 +165,31 @@ def test_the_ways_to_combine_differ(wide: Path) -> None:
     assert np.array_equal(alone.probabilities, answers[3].probabilities)  # of one clip the same
 
 
-@pytest.mark.parametrize("levels", [False, True])
-def test_several_layers_are_seen_one_after_the_other(wide: Path, levels: bool) -> None:
-    several = tiny_model(layers=(0, 2), levels=levels)
-    found = check(several, wide, 2, 1, "tokens")
-    last = classify(tiny_model(levels=levels), wide, clips=3, frame_step=STEP)
-    assert relative_error(found.probabilities, last.probabilities) > 1e-3
+def test_several_layers_are_seen_one_after_the_other(wide: Path) -> None:
+    found = check(tiny_model(layers=(0, 2), levels=True), wide, 2, 1, "tokens")
+    last = by_hand(tiny_model(levels=True), wide, 2, 1, "tokens")
+    assert relative_error(found.probabilities, last) > 1e-3
+
+
+def test_unrolled_layers_and_bfloat16(wide: Path) -> None:
+    model, how = tiny_model(layers=(0, 2)), {"clips": 2, "frame_step": STEP}
+
+    def replaced(params: Params, **changes: Any) -> Model:
+        parts = {"encoder": model.encoder, "classifier": model.classifier}
+        parts = {name: dataclasses.replace(part, **changes) for name, part in parts.items()}
+        return dataclasses.replace(model, **parts, params=params)
+
+    params = unstack_layers(jax.tree.map(np.asarray, model.params))
+    expected = by_hand(model, wide, 2, 1, "tokens")
+    found = classify(replaced(params, scan=False), wide, **how).probabilities
+    assert relative_error(found, expected) <= 1e-5
+
+    dtype = jax.numpy.bfloat16
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    changes = {"scan": False, "dtype": dtype, "param_dtype": dtype, "attention": "xla"}
+    found = classify(replaced(params, **changes), wide, **how).probabilities
+    assert found.dtype == np.float32
+    assert 1e-5 < relative_error(found, expected) <= 0.05
 
 
 @pytest.mark.parametrize("combine", ["tokens", "probabilities"])
@@ -372,8 +251,13 @@ def test_the_step_is_metas_unless_it_is_given(
         assert caught.value.args[0] == (COUNT, num_frames, 3, expected)
 
 
-def test_a_clip_is_as_long_as_the_model_was_trained_with(wide: Path) -> None:
-    assert classify(tiny_model(), wide).times.shape == (1, FRAMES)
+def test_a_clip_is_as_long_as_the_classifier_was_trained_with(wide: Path) -> None:
+    model = tiny_model()
+    assert classify(model, wide).times.shape == (1, FRAMES)
+    longer = dataclasses.replace(model.config.encoder, frames_per_clip=2 * FRAMES)
+    head = dataclasses.replace(model.config.classifier, frames_per_clip=FRAMES)
+    config = dataclasses.replace(model.config, encoder=longer, classifier=head)
+    assert classify(dataclasses.replace(model, config=config), wide).times.shape == (1, FRAMES)
 
 
 def test_compiles_once_whatever_the_number_of_clips(
@@ -431,28 +315,6 @@ def test_packets_that_promise_too_much_do_not_decide(
     found = classify(tiny_model(), wide, clips=3, frame_step=STEP)
     assert np.array_equal(found.probabilities, expected.probabilities)
     assert np.array_equal(found.times, expected.times)
-
-
-def test_unrolled_layers_and_bfloat16(wide: Path) -> None:
-    model, how = tiny_model(layers=(0, 2)), {"clips": 2, "frame_step": STEP}
-    expected = classify(model, wide, **how).probabilities
-    unrolled = dataclasses.replace(
-        model,
-        encoder=dataclasses.replace(model.encoder, scan=False),
-        classifier=dataclasses.replace(model.classifier, scan=False),
-        params=unstack_layers(model.params),
-    )
-    assert relative_error(classify(unrolled, wide, **how).probabilities, expected) <= 1e-5
-    dtypes = {"dtype": jax.numpy.bfloat16, "param_dtype": jax.numpy.bfloat16}
-    low = dataclasses.replace(
-        model,
-        encoder=dataclasses.replace(model.encoder, **dtypes),
-        classifier=dataclasses.replace(model.classifier, **dtypes),
-        params=jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), model.params),
-    )
-    found = classify(low, wide, **how).probabilities
-    assert found.dtype == np.float32
-    assert 0 < relative_error(found, expected) <= 0.05
 
 
 def test_says_what_runs(wide: Path) -> None:

@@ -190,6 +190,7 @@ def test_what_their_code_cannot_run_is_not_exported() -> None:
     two_layers = ClassifierConfig(labels=("a",), num_heads=2, layers=(0, 1))
     four_heads = ClassifierConfig(labels=("a",), num_heads=4)
     other_eps = ClassifierConfig(labels=("a",), num_heads=2, layer_norm_eps=1e-5)
+    shorter = ClassifierConfig(labels=("a",), num_heads=2, frames_per_clip=16)
     for changes, message in (
         ({"encoder": interleaved, "predictor": None}, "this is V-JEPA 2.1"),
         ({"action_predictor": ActionPredictorConfig()}, "this is V-JEPA 2-AC"),
@@ -198,9 +199,12 @@ def test_what_their_code_cannot_run_is_not_exported() -> None:
         ({"predictor": None}, "there is no predictor"),
         ({"classifier": four_heads}, "num_heads = 4: .* always the encoder's, 2"),
         ({"classifier": other_eps}, "layer_norm_eps = 1e-05: .* always the encoder's"),
+        ({"classifier": shorter}, "frames_per_clip = 16: .* always the encoder's, 64"),
     ):
         with pytest.raises(ConfigError, match=message):
             to_hf_config(ModelConfig(**{**parts, **changes}), None)
+    same = ClassifierConfig(labels=("a",), num_heads=2, frames_per_clip=64)
+    assert to_hf_config(ModelConfig(**parts, classifier=same), None)["frames_per_clip"] == 64
 
 
 # --- export_hf ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from models import relative_error
 
 import jvjepa
 from jvjepa.config import ModelConfig
-from jvjepa.convert import Hints, attach_probe, convert, export_hf, read_labels, verify
+from jvjepa.convert import Hints, attach_probe, convert, export_hf, verify
 from jvjepa.convert.architecture import infer
 from jvjepa.convert.meta import DROPPED, TABLE, meta_entries
 from jvjepa.convert.tables import expected_shapes
@@ -402,68 +402,3 @@ def test_half_precision(tmp_path: Path) -> None:
     path = changed(tmp_path, "vjepa2_tiny", to_bfloat16)
     assert convert(path, tmp_path / "out", hints=HINTS).dtype == "bfloat16"
     assert all(check.ok for check in verify(tmp_path / "out", path))
-
-
-# --- Probes -------------------------------------------------------------------------------------
-
-
-def test_probes_that_do_not_fit(made: Path, tmp_path: Path) -> None:
-    probe, encoder, out = GOLDEN / "vjepa2_tiny_probe.pt", made / "vjepa2_tiny", tmp_path / "out"
-
-    def refuse(message: str, probe: Path = probe, encoder: Path = encoder, **options: Any) -> None:
-        with pytest.raises(InputError, match=message):
-            attach_probe(probe, encoder, out, **{"labels": LABELS, "heads": 2, **options})
-        assert not out.exists()
-
-    refuse("has 7 classes, and there are 2 labels", labels=("a", "b"))
-    refuse("has a classifier already", encoder=made / "probe")
-    refuse("num_heads = 5; it must be a divisor of the encoder's width 32", heads=5)
-    refuse(r"layers = \(1, 9\); it must be among", layers=(1, 9))
-    refuse("probe-index = 1; .* has 0 to 0", index=1)
-    refuse("has no classifiers, so it is no probe", probe=GOLDEN / "vjepa2_tiny.pt")
-    content = torch.load(probe, weights_only=True)
-    content["classifiers"] *= 3
-    torch.save(content, tmp_path / "grid.pt")
-    refuse("holds 3 classifiers, .* --probe-index, 0 to 2", probe=tmp_path / "grid.pt")
-    wide = {"module.pooler.query_tokens": torch.ones(1, 1, 48)}
-    content["classifiers"] = [content["classifiers"][0] | wide]
-    torch.save(content, tmp_path / "wide.pt")
-    refuse(r"query_tokens has shape \[1, 1, 48\]", probe=tmp_path / "wide.pt")
-    content["classifiers"] = [{"module.verb_classifier.weight": torch.ones(3, 32)}]
-    torch.save(content, tmp_path / "ek100.pt")
-    refuse("action anticipation", probe=tmp_path / "ek100.pt")
-
-
-def test_a_probe_that_sees_several_layers(made: Path, tmp_path: Path) -> None:
-    attach_probe(
-        GOLDEN / "vjepa2_tiny_probe.pt",
-        made / "vjepa2_tiny",
-        tmp_path / "out",
-        labels=LABELS,
-        layers=(1, 3),
-    )
-    classifier = jvjepa.load(tmp_path / "out").config.classifier
-    assert classifier.layers == (1, 3)
-    assert classifier.num_heads == 16
-    assert classifier.layer_norm_eps == 1e-5
-
-
-def test_labels(tmp_path: Path) -> None:
-    for name, text in (
-        ("list.json", '["a", "b"]'),
-        ("object.json", '{"1": "b", "0": "a"}'),
-        ("config.json", '{"id2label": {"0": "a", "1": "b"}, "hidden_size": 3}'),
-        ("lines.txt", "a\nb\n"),
-    ):
-        (tmp_path / name).write_text(text)
-        assert read_labels(tmp_path / name) == ("a", "b")
-    for text, message in (
-        ("{", "is not JSON"),
-        ('["a", 1]', "must hold the names"),
-        ('["a", ""]', "none of them empty"),
-        ('{"0": "a", "2": "b"}', "keys must be 0 to 1"),
-        ("3", "must hold the names"),
-    ):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(InputError, match=message):
-            read_labels(tmp_path / "bad.json")
