@@ -14,6 +14,7 @@ exit code 1 if that is more than 1e-4 of the largest value anywhere. Linux only.
 
 import argparse
 import contextlib
+import math
 import os
 import statistics
 import sys
@@ -33,9 +34,10 @@ from rich.table import Table
 
 RELEASE = "vjepa2-vitl-fpc16-256-ssv2"
 GRID = (8, 16, 16)
-TOKENS, WIDTH = 8 * 16 * 16, 1024
+TOKENS, WIDTH = math.prod(GRID), 1024
 TOLERANCE = 1e-4
-QUARTER, FULL = "predictor, context 1/4, targets 3/4", "predictor, context and targets all"
+QUARTER = "predictor, context 1/4, targets the rest"
+FULL = "predictor, all are context and target"  # the masks that transformers assumes
 CLASSIFIER = "pooler and classifier"
 PARTS = (QUARTER, FULL, CLASSIFIER)
 PEER = "JVJEPA_HEADS_PEER"  # makes this script a worker: the protocol starts scripts bare
@@ -78,7 +80,7 @@ def build_jvjepa(folder: Path, inputs: Inputs) -> dict[str, Subject]:
     from jvjepa import selection
 
     model = jvjepa.load(folder / "jvjepa")
-    params = jax.tree.map(jax.block_until_ready, model.params)
+    params = jax.block_until_ready(model.params)
 
     def predict(params: Any, tokens: jax.Array, seen: jax.Array, hidden: jax.Array) -> jax.Array:
         context = selection.gather(tokens, seen)
@@ -169,10 +171,10 @@ def main() -> int:
                 for peer, worker in workers.items():
                     # the first call after the other has run finds cold caches, as the other's does
                     seconds.setdefault((peer, part), []).extend(worker.time(part, 3)[1:])
-    print(machine.describe())
+    print(f"{machine.describe()}\nallocator: {environment or 'default'}")
     for peer, fact in facts.items():
         print(f"{peer}: {fact['versions']}, {_cores()} threads")
-    Console(width=140).print(report(seconds, facts["jvjepa"]["compile_seconds"], errors))
+    Console(width=150).print(report(seconds, facts["jvjepa"]["compile_seconds"], errors))
     apart = [part for part, error in errors.items() if not error <= TOLERANCE]
     for part in apart:
         print(f"{part}: the results differ by {errors[part]:.1e}, more than {TOLERANCE:.0e}")
@@ -201,10 +203,10 @@ def report(
     errors: Mapping[str, float],
 ) -> Table:
     """One row for each part."""
-    table = Table("part", title="float32, median (min to max) of all rounds")
+    table = Table("part", title="median (min to max) of all rounds")
     for column in ("jvjepa, ms", "transformers, ms", "transformers / jvjepa", "relative error"):
         table.add_column(column, justify="right")
-    table.add_column("jvjepa compiles, s", justify="right")
+    table.add_column("compilation, s", justify="right")
     for part in PARTS:
         ours, theirs = (seconds[peer, part] for peer in BUILD)
         table.add_row(

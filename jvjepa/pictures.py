@@ -1,56 +1,32 @@
 """Reading still pictures: JPEG, PNG, WebP, BMP and TIFF, told by their content.
 
-A picture is upright (its EXIF orientation is applied) and has the colours that Pillow's decoders
-give, up to rounding; colour profiles are not applied. As with video, what is damaged or cut off is
-an error and never a half-grey picture. Damage that leaves a valid file cannot be seen: only PNG has
-checksums.
-
-FFmpeg decodes, and stops at the first thing that it finds wrong (`err_detect=explode`). In PNG and
-TIFF that may be metadata, so it gets these without.
+Pillow decodes. A picture is upright (its EXIF orientation is applied); colour profiles are not
+applied. As with video, what is damaged or cut off is an error and never a half-grey picture. Damage
+that leaves a valid file cannot be seen: only PNG has checksums, and a JPEG that ends early is taken
+if an end marker follows. Damaged metadata of which Pillow only warns is passed over.
 """
 
+import contextlib
 import os
 import pathlib
-import re
-import struct
-import zlib
-from typing import Literal, NamedTuple
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
 
-import av
 import numpy as np
-from av.video.plane import VideoPlane
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base as Tag
+from PIL.ImageFile import ImageFile
 
 from jvjepa.config import ModelConfig
 from jvjepa.errors import InputError, VideoError
 from jvjepa.video import preprocess, read
 
-_ByteOrder = Literal["little", "big"]
-
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # JPEG includes MPO: it begins with a JPEG
 _KINDS = "JPEG, PNG, WebP, BMP or TIFF"
-_CUT_OFF = "is cut off"
-
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # others stand inside of a scan
-_PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
-_BMP_HEADERS = {12, 40, 52, 56, 64, 108, 124}  # bytes of the header's versions
-_HEIF_BRANDS = {b"heic", b"heix", b"mif1", b"avif"}
-_TIFF_ORDERS: dict[bytes, _ByteOrder] = {b"II*\0": "little", b"MM\0*": "big"}
-_TIFF_KEPT = {*range(256, 260), 262, 266, 273, *range(277, 280), 284, 292, 293, 317, 320}
-_TIFF_KEPT |= {*range(322, 326), 347, *range(529, 533)}  # sizes, coding, and where the pixels are
-_TIFF_COMPRESSION, _TIFF_ORIENTATION, _TIFF_SUB_IFDS, _TIFF_SAMPLE_FORMAT = 259, 274, 330, 339
-
-# EXIF's orientation: transpose first, then reverse the rows, then the columns.
-_UPRIGHT = {
-    1: (False, 1, 1),
-    2: (False, 1, -1),
-    3: (False, -1, -1),
-    4: (False, -1, 1),
-    5: (True, 1, 1),
-    6: (True, 1, -1),
-    7: (True, -1, -1),
-    8: (True, -1, 1),
-}
+_MODES_16 = {"I;16", "I;16B"}  # grey; colours of 16 bits are cut to 8 by Pillow
+_MODES = _MODES_16 | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
 class Clip(NamedTuple):
@@ -67,44 +43,6 @@ class Clip(NamedTuple):
     is_picture: bool
 
 
-class _Content(NamedTuple):
-    """What a picture's file holds.
-
-    Args:
-        codec: FFmpeg's name of the decoder.
-        data: what the decoder gets.
-        orientation: EXIF's, 1 to 8.
-        is_moving: whether it is an animation or a video.
-        problem: why it cannot be read; "" if nothing is known to be wrong.
-    """
-
-    codec: str
-    data: bytes = b""
-    orientation: int = 1
-    is_moving: bool = False
-    problem: str = ""
-
-
-class _Entry(NamedTuple):
-    """An entry of a TIFF directory: its tag, the first of its numbers, and its 12 bytes."""
-
-    tag: int
-    value: int
-    raw: bytes
-
-
-class _Directory(NamedTuple):
-    """A TIFF directory: where it begins, its entries, and where the next one begins (0: none)."""
-
-    start: int
-    entries: list[_Entry]
-    following: int
-
-    def get(self, tag: int, default: int) -> int:
-        """The first of an entry's numbers."""
-        return next((entry.value for entry in self.entries if entry.tag == tag), default)
-
-
 def is_picture(path: str | os.PathLike[str]) -> bool:
     """Whether a local file is a still picture, told by its content and not by its name.
 
@@ -112,21 +50,25 @@ def is_picture(path: str | os.PathLike[str]) -> bool:
         path: a file; URLs, cameras and what does not exist are no pictures.
 
     Returns:
-        True for JPEG, PNG, WebP, BMP and TIFF, damaged or not, and for HEIF and AVIF, which
-        `read_picture` refuses. False for GIF, for animated PNG and WebP, and for motion JPEG.
+        True for JPEG, PNG, WebP, BMP and TIFF, also if damaged or cut off behind the header. False
+        for GIF, for HEIF and AVIF, for animated PNG and WebP, and for a TIFF of several pages. Of
+        several JPEGs in one file (MPO, a phone's previews, motion JPEG) the first is the picture.
     """
     file = pathlib.Path(path)
     if "://" in os.fspath(path) or not file.is_file():
         return False
-    content = _parse(file)
-    return content is not None and not content.is_moving
+    try:
+        with _opened(file) as image:
+            return not _moves(image)
+    except VideoError as error:
+        return not isinstance(error.__cause__, UnidentifiedImageError)
 
 
 def read_picture(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     """Reads a still picture.
 
-    Grey and palette pictures become RGB, and 16 bits a channel become 8. A picture with
-    transparent pixels is refused: what colour shines through them is the caller's to choose.
+    Grey and palette pictures become RGB, and of 16 bits a channel the upper 8 are kept. A picture
+    with transparent pixels is refused: what colour shines through them is the caller's to choose.
 
     Args:
         path: a JPEG, PNG, WebP, BMP or TIFF file.
@@ -135,26 +77,33 @@ def read_picture(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         uint8 [1, H, W, 3], RGB, upright.
 
     Raises:
-        VideoError: the file is missing, no picture, damaged, cut off, or transparent.
+        VideoError: the file is missing, no picture, damaged, cut off, transparent, or larger than
+            `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     file = pathlib.Path(path)
     if not file.is_file():
         raise VideoError(f"{path}: is {'no file' if file.exists() else 'not there'}")
-    content = _parse(file)
-    if content is None:
-        raise VideoError(f"{path}: is no picture; right is {_KINDS}")
-    if content.is_moving:
-        raise VideoError(f"{path}: is no still picture, but moves; read it as a video")
-    if content.problem:
-        raise VideoError(f"{path}: {content.problem}")
-    try:
-        image = _to_rgb(_decode(content))
-    except VideoError as error:
-        raise VideoError(f"{path}: {error}") from error.__cause__
-    # As every viewer does, numbers that EXIF does not define are taken for 1.
-    transposed, rows, columns = _UPRIGHT.get(content.orientation, _UPRIGHT[1])
-    image = image.transpose(1, 0, 2) if transposed else image
-    return np.ascontiguousarray(image[None, ::rows, ::columns])
+    with _opened(file) as image:
+        problem = _problem(image)
+        image.load()
+        orientation = image.getexif().get(Tag.Orientation)
+    with _opened(file) as unread:
+        unread.verify()  # the checksums of a PNG, which loading passes over
+    if problem:
+        raise VideoError(f"{path}: {problem}")
+    if image.mode in _MODES_16:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("RGBA")
+    transparent = np.count_nonzero(np.asarray(image.getchannel("A")) < 255)
+    if transparent:
+        raise VideoError(
+            f"{path}: is transparent in {transparent} of its pixels; put it on a background first"
+        )
+    # `exif_transpose` writes the metadata anew, which fails if it is damaged: so without the rest.
+    image = image.convert("RGB")
+    image.info.clear()
+    image.getexif()[Tag.Orientation] = orientation
+    return np.array(ImageOps.exif_transpose(image))[None]
 
 
 def picture_clip(
@@ -240,195 +189,42 @@ def read_clip(
     return Clip(preprocess(frames, config), times, is_picture=False)
 
 
-def _parse(file: pathlib.Path) -> _Content | None:
-    """Takes a picture's file apart; None if it is none."""
-    with open(file, "rb") as opened:
-        head = opened.read(18)
-        if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
-            return _Content("", problem=f"is a HEIF or AVIF picture; convert it to {_KINDS}")
-        if head.startswith(b"\xff\xd8\xff"):
-            return _jpeg(head + opened.read())
-        if head.startswith(b"\x89PNG\r\n\x1a\n"):
-            return _png(head + opened.read())
-        if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-            return _webp(head + opened.read())
-        if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
-            return _bmp(head + opened.read())
-        if head[:4] in _TIFF_ORDERS:
-            return _tiff(head + opened.read())
-        return None
+@contextlib.contextmanager
+def _opened(file: pathlib.Path) -> Iterator[ImageFile]:
+    """A picture that Pillow has open; what it raises here becomes an error that names the file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # about metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            # A stream: of a name, Pillow maps the file into memory, and spoils TIFFs on their side.
+            with open(file, "rb") as stream, Image.open(stream, formats=_FORMATS) as image:
+                yield image
+        except UnidentifiedImageError as error:
+            raise VideoError(f"{file}: is no picture; right is {_KINDS}") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise VideoError(
+                f"{file}: has more pixels than PIL.Image.MAX_IMAGE_PIXELS, which is "
+                f"{Image.MAX_IMAGE_PIXELS}; make the picture smaller"
+            ) from error
+        except (OSError, SyntaxError, TypeError, ValueError) as error:
+            raise VideoError(f"{file}: cannot be read ({error})") from error
 
 
-def _jpeg(data: bytes) -> _Content:
-    exif, at = b"", 2
-    has_others = False  # a phone may append a preview or a gain map, and says so
-    while (found := _JPEG_MARKER.search(data, at)) is not None:
-        at = found.start()
-        code = data[at + 1]
-        if code == 0xD9:
-            after = data[at + 2 : at + 4096].lstrip(b"\0")
-            is_moving = after.startswith(b"\xff\xd8\xff") and not has_others
-            return _content("mjpeg", data, exif, is_moving)
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        segment = data[at : at + 2 + length]
-        if code == 0xD8 or length < 2 or len(segment) < 2 + length:
-            break
-        at += len(segment)
-        if code == 0xE1 and segment[4:10] == b"Exif\0\0":
-            exif = exif or segment[10:]
-        has_others |= code == 0xE2 and segment[4:8] == b"MPF\0"
-    return _Content("mjpeg", problem=_CUT_OFF)
+def _moves(image: ImageFile) -> bool:
+    return image.format != "MPO" and getattr(image, "is_animated", False)
 
 
-def _png(data: bytes) -> _Content:
-    kept, exif, at = [data[:8]], b"", 8
-    is_moving = False
-    while len(data) >= at + 12:
-        length, kind = struct.unpack_from(">I4s", data, at)
-        chunk = data[at : at + 12 + length]
-        if len(chunk) < 12 + length:
-            break
-        if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
-            return _Content("png", is_moving=is_moving, problem="is damaged: a checksum is wrong")
-        at += len(chunk)
-        is_moving |= kind == b"acTL"
-        if kind == b"eXIf":
-            exif = chunk[8:-4]
-        if kind in _PNG_KEPT:
-            kept.append(chunk)
-        if kind == b"IEND":
-            return _content("png", b"".join(kept), exif, is_moving)
-    return _Content("png", is_moving=is_moving, problem=_CUT_OFF)
-
-
-def _webp(data: bytes) -> _Content:
-    is_moving = data[12:16] == b"VP8X" and bool(int.from_bytes(data[20:21]) & 2)
-    end = 8 + int.from_bytes(data[4:8], "little")
-    if len(data) < end:
-        return _Content("webp", is_moving=is_moving, problem=_CUT_OFF)
-    exif, at = b"", 12
-    while at + 8 <= end:
-        kind, length = struct.unpack_from("<4sI", data, at)
-        if kind == b"EXIF":
-            exif = data[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0")
-        at += 8 + length + length % 2
-    return _content("webp", data, exif, is_moving)
-
-
-def _bmp(data: bytes) -> _Content:
-    size = int.from_bytes(data[2:6], "little")
-    return _Content("bmp", data, problem=_CUT_OFF if len(data) < size else "")
-
-
-def _tiff(data: bytes) -> _Content:
-    directory = _directory(data)
-    if directory is None:
-        return _Content("tiff", problem=_CUT_OFF)
-    if directory.following or directory.get(_TIFF_SUB_IFDS, 0):
-        return _Content("tiff", problem="holds several pictures; right is a TIFF of one")
-    if directory.get(_TIFF_SAMPLE_FORMAT, 1) != 1:
-        return _Content("tiff", problem="holds signed or float samples; right is unsigned ones")
-    if directory.get(_TIFF_COMPRESSION, 1) in (6, 7):
-        return _Content("tiff", problem="is a TIFF compressed as JPEG; right is any other coding")
-    kept = [entry.raw for entry in directory.entries if entry.tag in _TIFF_KEPT]
-    body = len(kept).to_bytes(2, _TIFF_ORDERS[data[:4]]) + b"".join(kept) + bytes(4)
-    end = directory.start + len(body)
-    return _content("tiff", data[: directory.start] + body + data[end:], data)
-
-
-def _content(codec: str, data: bytes, exif: bytes, is_moving: bool = False) -> _Content:
-    """Of a whole file, whose orientation is in `exif`, a TIFF structure (or nothing)."""
-    orientation = 1
-    if exif[:4] in _TIFF_ORDERS:
-        directory = _directory(exif)
-        if directory is None:
-            problem = "has damaged EXIF data, so that nobody knows which side is up"
-            return _Content(codec, is_moving=is_moving, problem=problem)
-        orientation = directory.get(_TIFF_ORIENTATION, 1)
-    return _Content(codec, data, orientation, is_moving)
-
-
-def _directory(tiff: bytes) -> _Directory | None:
-    """The first directory of a TIFF structure; None if it is not whole."""
-    order = _TIFF_ORDERS[tiff[:4]]
-
-    def number(at: int, width: int) -> int:
-        return int.from_bytes(tiff[at : at + width], order)
-
-    start = number(4, 4)
-    end = start + 2 + 12 * number(start, 2)
-    if start < 8 or len(tiff) < end:
-        return None
-    entries = []
-    for at in range(start + 2, end, 12):
-        width = {1: 1, 3: 2}.get(number(at + 2, 2), 4)  # bytes, shorts, longs
-        fits = width * number(at + 4, 4) <= 4
-        place = at + 8 if fits else number(at + 8, 4)
-        entries.append(_Entry(number(at, 2), number(place, width), tiff[at : at + 12]))
-    return _Directory(start, entries, number(end, 4))
-
-
-def _decode(content: _Content) -> av.VideoFrame:
-    context = av.CodecContext.create(content.codec, "r")
-    context.thread_type = "SLICE"
-    context.options = {"err_detect": "explode"}
-    try:
-        frames = [*context.decode(av.Packet(content.data)), *context.decode(None)]
-    except av.FFmpegError as error:
-        raise VideoError(f"cannot be decoded ({error.strerror})") from error
-    if len(frames) != 1 or frames[0].is_corrupt:
-        raise VideoError("is damaged")
-    return frames[0]
-
-
-def _to_rgb(frame: av.VideoFrame) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3]."""
-    converter = VideoReformatter()
-    if frame.format.name.startswith("yuv"):  # FFmpeg spoils the last columns of these as RGBA
-        alpha = _values(frame.planes[3]) if len(frame.planes) == 4 else np.uint8(255)
-        image = converter.reformat(_full_chroma(frame), format="rgb24").to_ndarray()
-    else:
-        rgba = converter.reformat(frame, format="rgba").to_ndarray()
-        image, alpha = rgba[..., :3], rgba[..., 3]
-    transparent = float(np.mean(alpha < 255))
-    if transparent:
-        raise VideoError(
-            f"is transparent in {transparent:.1%} of its pixels; put it on a background first"
-        )
-    return image
-
-
-def _values(plane: VideoPlane) -> NDArray[np.uint8]:
-    """uint8 [h, w]."""
-    rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
-    return rows[:, : plane.width]
-
-
-def _full_chroma(frame: av.VideoFrame) -> av.VideoFrame:
-    """Gives each pixel a colour of its own, as libjpeg and libwebp do it.
-
-    FFmpeg would put the colours half a pixel too far to the left, which makes edges differ by up to
-    30 of 255.
-    """
-    planes = []
-    for plane in frame.planes[:3]:
-        values, scale = _values(plane).astype(np.uint16), 1  # 256 at most fit into 16 bits
-        for axis, size in enumerate((frame.height, frame.width)):
-            while values.shape[axis] < size:
-                values, scale = _doubled(values, axis, size), 4 * scale
-        planes.append(((values + scale // 2) // scale).astype(np.uint8))
-    name = "yuvj444p" if frame.format.name.startswith("yuvj") else "yuv444p"
-    full = av.VideoFrame.from_ndarray(np.stack(planes), format=name)
-    full.colorspace, full.color_range = frame.colorspace, frame.color_range
-    return full
-
-
-def _doubled(values: NDArray[np.uint16], axis: int, size: int) -> NDArray[np.uint16]:
-    """An axis at twice its resolution, cut to `size`, times 4: the near value thrice, the far once.
-
-    Between two values lie two new ones, a quarter of the way from each.
-    """
-    values = np.moveaxis(values, axis, 0)
-    before, after = np.concatenate([values[:1], values]), np.concatenate([values, values[-1:]])
-    pairs = np.stack([3 * values + before[:-1], 3 * values + after[1:]], axis=1)
-    return np.moveaxis(pairs.reshape(-1, *values.shape[1:])[:size], 0, axis)
+def _problem(image: ImageFile) -> str:
+    """Why a picture that is open, but not loaded, cannot be taken; "" if nothing is wrong."""
+    if _moves(image):
+        return "is no still picture, but several; an animation can be read as a video"
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if Tag.SubIFDs in tags:  # raw files of cameras, whose first picture is a thumbnail
+        return "holds several pictures; right is a TIFF of one"
+    signed = max(tags.get(Tag.SampleFormat, (1,))) > 1
+    layout = (tags.get(Tag.BitsPerSample, (16,)), tags.get(Tag.PhotometricInterpretation, 1))
+    if image.mode not in _MODES or signed or (image.mode in _MODES_16 and layout != ((16,), 1)):
+        return "has samples that are not read; right are unsigned ones of 8 or 16 bits"
+    if "transparency" in image.info and any("16" in str(tile[3]) for tile in image.tile):
+        return "has a transparent colour of 16 bits; put it on a background first"
+    return ""

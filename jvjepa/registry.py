@@ -122,12 +122,14 @@ def _config_2_1(size: dict[str, int], *, teacher: int | None) -> ModelConfig:
 _PARITY = {
     "vjepa2-vith-fpc64-256": 1.4e-6,
     "vjepa2-vitl-fpc16-256-ssv2": 1.5e-6,
+    "vjepa2-vitg-fpc64-384-ssv2": 1.4e-6,
     "vjepa2_vit_large": 1.5e-6,
     "vjepa2_vit_giant": 1.4e-6,
     "vjepa2_ac_vit_giant": 1.4e-6,
     "vjepa2_1_vit_base_384": 1.4e-6,
     "vjepa2_1_vit_large_384": 1.5e-6,
     "vjepa2_1_vit_giant_384": 1.5e-6,
+    "vjepa2_1_vit_gigantic_384": 1.5e-6,
 }
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import random_video, relative_error, tiny_model
+from models import compiled, random_video, relative_error, tiny_model
 
 from jvjepa.errors import InputError
 from jvjepa.masks import VIDEO_MASKS, sample
@@ -92,7 +92,7 @@ def test_padding_changes_no_token_of_the_encoder(compilations: Callable[[], int]
         valid = np.arange(8) < np.array(counts)[:, None]
         padded = apply(ids, valid)
         for b, count in enumerate(counts):
-            alone = encoder.apply({"params": params}, video[b : b + 1], ids[b : b + 1, :count])
+            alone = compiled(encoder, params, video[b : b + 1], ids[b : b + 1, :count])
             assert relative_error(padded[b : b + 1, :count], alone) <= 1e-5
     before = compilations()
     apply(ids[:, ::-1].copy(), valid)
@@ -112,6 +112,6 @@ def test_padding_and_a_window_together() -> None:
     video = random_video(1, 6, 32, 32)
     ids = np.arange(12, dtype=np.int32)[None]
     valid = ids < 9
-    padded = encoder.apply({"params": params}, video, ids, valid, window=2)
-    alone = encoder.apply({"params": params}, video, ids[:, :9], window=2)
+    padded = compiled(encoder, params, video, ids, valid, window=2)
+    alone = compiled(encoder, params, video, ids[:, :9], window=2)
     assert relative_error(padded[:, :9], alone) <= 1e-5

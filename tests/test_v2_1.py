@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import official
 import pytest
-from models import random_params, random_video, relative_error, tiny_model
+from models import compiled, random_params, random_video, relative_error, tiny_model
 
 from jvjepa import Encoder, gating, rope, streaming
 from jvjepa.encoder import concatenate_levels
@@ -39,7 +39,7 @@ def test_steps_equal_the_full_forward_in_both_position_modes(positions: str) -> 
     encoder, params = model()
     tubelets = random_video(COUNT, 2, 2, 48, 80)  # not square: rows and columns scale differently
     clip = tubelets.swapaxes(0, 1).reshape(2, 2 * COUNT, 48, 80, 3)
-    full = encoder.apply({"params": params}, clip, window=WINDOW)
+    full = compiled(encoder, params, clip, window=WINDOW)
     full = full.reshape(2, COUNT, 15, -1).swapaxes(0, 1)
     found = steps(encoder, params, tubelets, positions)
     for q in range(COUNT):
@@ -74,15 +74,15 @@ def test_a_gated_stream_equals_the_stream_of_what_it_encoded() -> None:
 def test_levels_are_the_normed_layers() -> None:
     encoder, params = model()
     video = random_video(2, 4, 48, 64)
-    levels = encoder.apply({"params": params}, video, method="levels")
-    layers = encoder.apply({"params": params}, video, method="layers").layers
+    levels = compiled(encoder, params, video, method="levels")
+    layers = compiled(encoder, params, video, method="layers").layers
     assert levels.shape == (3, 2, 24, 32)
     for i, layer in enumerate(CONFIG.levels):
         x = np.asarray(layers[1 + layer], np.float64)
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
         scale, bias = (np.asarray(params["norms"][key][i], np.float64) for key in ("scale", "bias"))
         assert relative_error(levels[i], x * scale + bias) <= TOLERANCE
-    tokens = encoder.apply({"params": params}, video)
+    tokens = compiled(encoder, params, video)
     np.testing.assert_array_equal(levels[-1], tokens)
     joined = concatenate_levels(levels)
     np.testing.assert_array_equal(joined[..., 32:64], levels[1])
@@ -91,22 +91,22 @@ def test_levels_are_the_normed_layers() -> None:
 def test_some_levels_and_unrolled_layers() -> None:
     encoder, params = model()
     video = random_video(1, 2, 64, 64)
-    every = encoder.apply({"params": params}, video, method="levels")
-    some = encoder.apply({"params": params}, video, layers=(0, 1), method="levels")
+    every = compiled(encoder, params, video, method="levels")
+    some = compiled(encoder, params, video, layers=(0, 1), method="levels")
     assert relative_error(some, every[:2]) <= TOLERANCE
     unrolled = Encoder(CONFIG, scan=False)
-    variables = {"params": unstack_layers(params)}
-    assert relative_error(unrolled.apply(variables, video, method="levels"), every) <= TOLERANCE
+    found = compiled(unrolled, unstack_layers(params), video, method="levels")
+    assert relative_error(found, every) <= TOLERANCE
 
 
 def test_layers_of_v2_go_through_its_one_norm() -> None:
     encoder, params = tiny_model()
     video = random_video(1, 4, 32, 48)
-    layers = encoder.apply({"params": params}, video, method="layers").layers
-    levels = encoder.apply({"params": params}, video, layers=(0, 2), method="levels")
-    tokens = encoder.apply({"params": params}, video)
+    layers = compiled(encoder, params, video, method="layers").layers
+    levels = compiled(encoder, params, video, layers=(0, 2), method="levels")
+    tokens = compiled(encoder, params, video)
     np.testing.assert_array_equal(levels[1], tokens)
-    last = encoder.apply({"params": params}, video, method="levels")
+    last = compiled(encoder, params, video, method="levels")
     np.testing.assert_array_equal(last, tokens[None])
     x = np.asarray(layers[1], np.float64)
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
@@ -119,7 +119,7 @@ def test_layers_without_a_norm_are_refused() -> None:
     video = random_video(1, 2, 32, 32)
     for layers in ((2,), (1, 0), (0, 0), (9,)):
         with pytest.raises(InputError, match=r"ascending, and among .* \[0, 1, 3\]"):
-            encoder.apply({"params": params}, video, layers=layers, method="levels")
+            compiled(encoder, params, video, layers=layers, method="levels")
 
 
 # --- Images and modalities ----------------------------------------------------------------------
@@ -128,9 +128,9 @@ def test_layers_without_a_norm_are_refused() -> None:
 def test_an_image_is_no_video() -> None:
     encoder, params = model()
     image = random_video(2, 1, 48, 32)
-    tokens = encoder.apply({"params": params}, image)
+    tokens = compiled(encoder, params, image)
     assert tokens.shape == (2, 6, 32)
-    still = encoder.apply({"params": params}, np.repeat(image, 2, axis=1))
+    still = compiled(encoder, params, np.repeat(image, 2, axis=1))
     assert relative_error(tokens, still) > 1e-2
 
 
@@ -141,9 +141,9 @@ def test_each_modality_has_its_embedding() -> None:
         (2, "video_embed", "image_embed"),
     ):
         clip = random_video(1, frames, 32, 32)
-        before = encoder.apply({"params": params}, clip, method="embed_patches")
+        before = compiled(encoder, params, clip, method="embed_patches")
         moved = {**params, name: params[name] + 1.0, other: params[other] + 5.0}
-        after = encoder.apply({"params": moved}, clip, method="embed_patches")
+        after = compiled(encoder, moved, clip, method="embed_patches")
         np.testing.assert_allclose(after - before, np.ones_like(before), atol=1e-5)
 
 
@@ -157,7 +157,7 @@ def test_positions_span_the_grid_of_256_pixels_whatever_the_input() -> None:
 @pytest.mark.parametrize("size", [(16, 64), (64, 16), (16, 16)])
 def test_a_side_of_one_patch_is_no_division_by_zero(size: tuple[int, int]) -> None:
     encoder, params = model()
-    tokens = encoder.apply({"params": params}, random_video(1, 4, *size))
+    tokens = compiled(encoder, params, random_video(1, 4, *size))
     assert np.isfinite(tokens).all()
 
 
@@ -166,7 +166,7 @@ def test_bfloat16() -> None:
     params = random_params(encoder)
     for frames in (1, 4):
         clip = random_video(1, frames, 32, 48)
-        tokens = encoder.apply({"params": params}, clip)
+        tokens = compiled(encoder, params, clip)
         assert tokens.dtype == jnp.bfloat16
-        exact = Encoder(CONFIG).apply({"params": params}, clip)
+        exact = compiled(Encoder(CONFIG), params, clip)
         assert 1e-4 < relative_error(tokens.astype(jnp.float32), exact) < 0.1
