@@ -13,8 +13,9 @@ import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from jvjepa.config import ClassifierConfig
+from jvjepa.config import AnticipatorConfig, ClassifierConfig
 from jvjepa.parameters import count_parameters
 from jvjepa.registry import PROBES, RELEASES, Probe, Release
 
@@ -67,19 +68,26 @@ def _release(name: str, release: Release, oracle: str) -> dict[str, str]:
 
 
 def _probe(probe: Probe) -> dict[str, str]:
-    encoder = RELEASES[probe.encoder].config
-    names = tuple(map(str, range(probe.num_classes)))
-    heads = encoder.encoder.num_heads  # of the pooler; they change no count
-    classifier = ClassifierConfig(labels=names, num_heads=heads, layers=probe.layers)
-    counts = count_parameters(dataclasses.replace(encoder, classifier=classifier))
+    numbers = {"verbs": probe.verbs, "nouns": probe.nouns, "actions": probe.num_classes}
+    names = {kind: tuple(map(str, range(count))) for kind, count in numbers.items()}
+    classes, layers = str(probe.num_classes), ", ".join(map(str, probe.layers)) or "the last"
+    if probe.verbs:
+        part: dict[str, Any] = {"anticipator": AnticipatorConfig(**names)}
+        classes = ", ".join(f"{count} {kind}" for kind, count in numbers.items())
+        layers += ", and the predictor's tokens"
+    else:
+        heads = RELEASES[probe.encoder].config.encoder.num_heads  # they change no count
+        how = {"num_heads": heads, "layers": probe.layers}
+        part = {"classifier": ClassifierConfig(labels=names["actions"], **how)}
+    config = dataclasses.replace(RELEASES[probe.encoder].config, **part)
     return {
         "FILE": _file(probe.source),
         "MODEL": f"`{probe.encoder}`",
         "licence": probe.licence,
-        "layers seen": ", ".join(map(str, probe.layers)) or "the last",
+        "layers seen": layers,
         "frames × clips × views": f"{probe.frames} × {probe.clips} × {probe.views}",
-        "classes": str(probe.num_classes),
-        "parameters": f"{counts['classifier']:,}",
+        "classes": classes,
+        "parameters": f"{count_parameters(config)[next(iter(part))]:,}",
     }
 
 

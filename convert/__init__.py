@@ -9,6 +9,8 @@ from jvjepa.convert.doctor import diagnose as diagnose
 from jvjepa.convert.exporting import export_hf as export_hf
 from jvjepa.convert.huggingface import from_hf_config as from_hf_config
 from jvjepa.convert.huggingface import to_hf_config as to_hf_config
+from jvjepa.convert.labels import ActionLabels as ActionLabels
+from jvjepa.convert.labels import read_epic_labels as read_epic_labels
+from jvjepa.convert.labels import read_labels as read_labels
 from jvjepa.convert.probes import attach_probe as attach_probe
-from jvjepa.convert.probes import read_labels as read_labels
 from jvjepa.convert.verification import verify as verify

@@ -9,11 +9,13 @@ from typing import Any
 from jvjepa import registry
 from jvjepa.config import (
     ActionPredictorConfig,
+    AnticipatorConfig,
     ClassifierConfig,
     EncoderConfig,
     ModelConfig,
     PredictorConfig,
 )
+from jvjepa.convert.labels import ActionLabels
 from jvjepa.errors import CheckpointError, ConfigError, InputError
 from jvjepa.registry import LEVELS, RELEASES, Probe, Release
 
@@ -125,11 +127,6 @@ def infer_probe(
         CheckpointError: the shapes are of no such probe.
         InputError: there are too few or too many labels.
     """
-    if "classifier.verb_classifier.weight" in shapes:
-        raise CheckpointError(
-            f"{path} is a probe for action anticipation (EK100: verbs, nouns and actions), which "
-            "is not supported; probes for classification are"
-        )
     classes = _shape(path, shapes, "classifier.linear.weight", 2)[0]
     if len(labels) != classes:
         raise InputError(f"{path} has {classes} classes, and there are {len(labels)} labels")
@@ -146,6 +143,48 @@ def infer_probe(
         layers=layers,
         frames_per_clip=frames,
     )
+
+
+def infer_anticipator(
+    path: Path, shapes: Shapes, labels: ActionLabels, *, heads: int | None, frames: int | None
+) -> AnticipatorConfig:
+    """Finds the architecture of a probe for the anticipation of actions.
+
+    Args:
+        path: its file.
+        shapes: as in `infer`.
+        labels: the names of its classes, which the file does not hold.
+        heads: attention heads of its pooler; None means Meta's 16.
+        frames: frames of the clips that it was trained on; None means Meta's 32.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        CheckpointError: the shapes are of no such probe.
+        InputError: there are too few or too many labels.
+    """
+    classes, named = {}, {}
+    for kind in ("verb", "noun", "action"):
+        head = f"anticipator.{kind}_classifier.weight"
+        needed = head in shapes or kind == "action"
+        classes[f"{kind}s"] = _shape(path, shapes, head, 2)[0] if needed else 0
+        named[f"{kind}s"] = len(getattr(labels, f"{kind}s"))
+    if named != classes:
+        there, given = (
+            ", ".join(f"{count} {kind}" for kind, count in counts.items())
+            for counts in (classes, named)
+        )
+        raise InputError(f"{path} has {there}, and there are labels for {given}")
+    config = AnticipatorConfig(
+        actions=labels.actions,
+        verbs=labels.verbs,
+        nouns=labels.nouns,
+        num_layers=_count(path, shapes, "anticipator.pooler.blocks"),
+    )
+    changes = {"num_heads": heads, "frames_per_clip": frames}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(config, **given)
 
 
 def _encoder(path: Path, shapes: Shapes) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jvjepa.anticipation import Anticipation, anticipate
 from jvjepa.config import ModelConfig
 from jvjepa.encoder import Encoder
 from jvjepa.errors import InputError
@@ -191,6 +192,63 @@ def compare_classifier(
     ours = _run(model.classifier.apply, model.params["classifier"], tokens)
     detail = f"{size.clips} x {count} tokens, {ours.shape[1]} classes"
     return _check(oracle, size, "classifier", ours, oracle.classify(tokens), detail)
+
+
+def compare_anticipator(
+    model: Model, oracle: "Official", size: Size, rng: np.random.Generator
+) -> PartCheck:
+    """Compares pooler and classifiers of an anticipator on random tokens.
+
+    Args:
+        model: as in `compare_parts`.
+        oracle: as in `compare_parts`.
+        size: as in `compare_parts`.
+        rng: as in `compare_parts`.
+
+    Returns:
+        The check, of the logits of all classifiers together.
+    """
+    encoder, config = model.config.encoder, model.config.anticipator
+    count = (size.frames // encoder.tubelet_size + 1) * encoder.config_grid**2
+    tokens = _normal(rng, size.clips, count, encoder.hidden_size)
+    found = _run(model.anticipator.apply, model.params["anticipator"], tokens)
+    classes = ", ".join(f"{len(getattr(config, kind))} {kind}" for kind in config.heads)
+    detail = f"{size.clips} x {count} tokens, {classes}"
+    logits = _all_logits(found, oracle.action_logits(tokens))
+    return _check(oracle, size, "anticipator", *logits, detail)
+
+
+def compare_anticipation(
+    model: Model, oracle: "Official", size: Size, rng: np.random.Generator
+) -> PartCheck:
+    """Compares the whole way from a clip to the actions after it: encoder, predictor, anticipator.
+
+    Args:
+        model: as in `compare_parts`.
+        oracle: the original of all three.
+        size: as in `compare_parts`.
+        rng: as in `compare_parts`.
+
+    Returns:
+        The check, of the logits of all classifiers together.
+    """
+    side = model.config.crop_size
+    video = _normal(rng, size.clips, size.frames, side, side, 3)
+    seconds = np.linspace(1.0, 1.75, size.clips)
+    with jax.default_matmul_precision("float32"):
+        parts = (model.encoder, model.predictor, model.anticipator)
+        found = anticipate(*parts, model.params, jnp.asarray(video), seconds)
+    detail = f"{_size(video)}, {seconds[0]:g} to {seconds[-1]:g} s ahead"
+    logits = _all_logits(found, oracle.anticipate(video, seconds))
+    return _check(oracle, size, "anticipation", *logits, detail)
+
+
+def _all_logits(
+    found: Anticipation, theirs: dict[str, NDArray[np.float32]]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Ours and theirs, the kinds of classes one after the other."""
+    ours = [np.asarray(getattr(found, kind)) for kind in theirs]
+    return np.concatenate(ours, axis=1), np.concatenate([*theirs.values()], axis=1)
 
 
 def _compare_action_predictor(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from jvjepa.area import AreaOptions
 from jvjepa.convert.architecture import Hints
 from jvjepa.convert.meta import MetaWeights
 from jvjepa.convert.opening import open_original
@@ -31,8 +32,7 @@ class Report:
     Args:
         out: the folder.
         dtype: of the parameters, "float32" or "bfloat16".
-        parameters: how many parameters each part has: encoder, predictor, classifier,
-            action_predictor.
+        parameters: how many parameters each part has: encoder, predictor, classifier, ..
         num_bytes: size of the weight file.
         source: where the weights came from first, if that is known.
     """
@@ -66,6 +66,7 @@ def convert(
     revision: str | None = None,
     key: str | None = None,
     hints: Hints = NO_HINTS,
+    areas: AreaOptions | None = None,
     force: bool = False,
 ) -> Report:
     """Converts a checkpoint of V-JEPA 2, 2.1 or 2-AC into a folder that `jvjepa.load` reads.
@@ -83,6 +84,7 @@ def convert(
         key: of a `.pt` file: which encoder to take, "target_encoder", "ema_encoder" or "encoder";
             None takes what Meta's hub loads.
         hints: of a `.pt` file of no released size: what its shapes do not say.
+        areas: area attention to be stored with the encoder; None stores full attention.
         force: replace `out`.
 
     Returns:
@@ -99,10 +101,12 @@ def convert(
         weights, wanted = original.weights, original.entries
         check_names(str(original.path), weights.shapes, expected_shapes(wanted))
         target = target_dtype(weights.tensors, dtype)
-        record = original.record()
+        config, record = original.config, original.record()
+        if areas is not None:
+            config = dataclasses.replace(config, encoder=areas.of(config.encoder))
         pieces = progress(read_pieces(weights, wanted, target), len(wanted), "converting")
         with new_folder(out, force=force) as work:
-            write_checkpoint(work, original.config, record, target, pieces)
+            write_checkpoint(work, config, record, target, pieces)
     return Report(
         out=out,
         dtype=target.name,

@@ -10,7 +10,13 @@ from jvjepa import weights as our_weights
 from jvjepa.config import EncoderConfig, ModelConfig
 from jvjepa.convert.architecture import Hints, infer, released_probe
 from jvjepa.convert.huggingface import hf_entries
-from jvjepa.convert.meta import ENCODER_KEYS, meta_entries, model_parts, open_parts
+from jvjepa.convert.meta import (
+    ENCODER_KEYS,
+    meta_entries,
+    model_parts,
+    open_parts,
+    probe_parts,
+)
 from jvjepa.convert.source import open_weights, read_config
 from jvjepa.convert.tables import expected_shapes
 from jvjepa.convert.torchfile import TorchFile, open_torch
@@ -95,8 +101,9 @@ def _ours(folder: Path) -> Diagnosis:
         except CheckpointError as error:
             problems.append(str(error))
     facts |= _files([path])
-    verb = "classify" if config.classifier is not None else "embed"
-    out = "" if config.classifier is not None else " --out embedding.npz"
+    verb, out = "embed", " --out embedding.npz"
+    if config.classifier is not None or config.anticipator is not None:
+        verb, out = "classify" if config.anticipator is None else "anticipate", ""
     return Diagnosis(
         path=folder,
         kind="a converted checkpoint",
@@ -211,12 +218,17 @@ def _infer(path: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[ModelConfig,
 
 
 def _probe(file: TorchFile) -> Diagnosis:
-    weights = open_parts(file, {"classifier": ("classifiers", 0)})
+    weights = open_parts(file, probe_parts(file, 0))
     shapes = weights.shapes
     facts = {"holds": str(file), "dtype": _dtypes(weights.tensors)}
-    if "classifier.linear.weight" in shapes:
-        classes, width = shapes["classifier.linear.weight"]
-        facts["classes"] = f"{classes}, on an encoder of width {width}"
+    kinds = {"classifier.linear.weight": ""}
+    kinds |= {f"anticipator.{x}_classifier.weight": f" {x}s" for x in ("verb", "noun", "action")}
+    heads = {name: f"{shapes[name][0]}{kind}" for name, kind in kinds.items() if name in shapes}
+    anticipates = "anticipator" in weights.parts
+    needed = "anticipator.action_classifier" if anticipates else "classifier.linear"
+    if f"{needed}.weight" in heads:
+        width = shapes[f"{needed}.weight"][1]
+        facts["classes"] = f"{', '.join(heads.values())}, on an encoder of width {width}"
     released = released_probe(file.path)
     if released is not None:
         facts["named as"] = f"the released probe for {released.encoder}"
@@ -224,7 +236,7 @@ def _probe(file: TorchFile) -> Diagnosis:
         path=file.path,
         kind="an attentive probe of Meta's, without an encoder",
         facts={**facts, **_files([file.path])},
-        problems=[] if "classes" in facts else ["it has no classifier.linear.weight"],
+        problems=[] if "classes" in facts else [f"it has no {needed}.weight"],
         commands=[f"jvjepa convert --probe {file.path} --encoder MODEL --labels FILE OUT"],
     )
 
@@ -250,7 +262,7 @@ def _alike(config: ModelConfig, release: ModelConfig) -> bool:
     def sizes(encoder: EncoderConfig) -> tuple[Any, ...]:
         return (encoder.hidden_size, encoder.num_layers, encoder.mlp_dim, encoder.rope)
 
-    parts = ("predictor", "classifier", "action_predictor")
+    parts = ("predictor", "classifier", "anticipator", "action_predictor")
     same_parts = all(
         (getattr(config, part) is None) == (getattr(release, part) is None) for part in parts
     )

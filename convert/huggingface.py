@@ -196,8 +196,15 @@ def to_hf_config(config: ModelConfig, base: Mapping[str, Any] | None) -> dict[st
         raise ConfigError(
             f"rope = {encoder.rope!r}: this is V-JEPA 2.1, and transformers only has V-JEPA 2"
         )
+    if encoder.has_areas:
+        raise ConfigError(
+            f"area_layers = {encoder.area_layers}: transformers has full attention alone; convert "
+            "without --area"
+        )
     if config.action_predictor is not None:
         raise ConfigError("this is V-JEPA 2-AC, which transformers does not have")
+    if config.anticipator is not None:
+        raise ConfigError("there is an anticipator of actions, which transformers does not have")
     if predictor is None:
         raise ConfigError("there is no predictor; Hugging Face's V-JEPA 2 cannot be without one")
     _check_same(predictor, encoder, "layer_norm_eps")

@@ -52,6 +52,15 @@ def _block(theirs: str, ours: str) -> tuple[Row, ...]:
     )
 
 
+def _pooler(part: str) -> tuple[Row, ...]:
+    theirs, ours = f"{part}.pooler", f"{part}/pooler"
+    return (
+        Row(f"{theirs}.query_tokens", f"{ours}/query_tokens", QUERY_TOKENS),
+        *_block(f"{theirs}.blocks.{{i}}", f"{ours}/blocks"),
+        *_cross_block(f"{theirs}.cross_attention_block", f"{ours}/cross_attention"),
+    )
+
+
 def _cross_block(theirs: str, ours: str) -> tuple[Row, ...]:
     """The pooler's cross-attention, which has no output projection."""
     return (
@@ -87,10 +96,12 @@ TABLE: tuple[Row, ...] = (
     *_block("action_predictor.predictor_blocks.{i}", "action_predictor/blocks"),
     *norm("action_predictor.predictor_norm", "action_predictor/norm"),
     *dense("action_predictor.predictor_proj", "action_predictor/proj"),
-    Row("classifier.pooler.query_tokens", "classifier/pooler/query_tokens", QUERY_TOKENS),
-    *_block("classifier.pooler.blocks.{i}", "classifier/pooler/blocks"),
-    *_cross_block("classifier.pooler.cross_attention_block", "classifier/pooler/cross_attention"),
+    *_pooler("classifier"),
     *dense("classifier.linear", "classifier/linear"),
+    *_pooler("anticipator"),
+    *dense("anticipator.verb_classifier", "anticipator/verbs"),
+    *dense("anticipator.noun_classifier", "anticipator/nouns"),
+    *dense("anticipator.action_classifier", "anticipator/actions"),
 )
 
 _SINES = "fixed sine positions of older training code; the model has rotary positions"
@@ -228,6 +239,13 @@ def model_parts(file: TorchFile, key: str) -> dict[str, tuple[str, int | None]]:
     if "predictor" in file.parts:
         parts["action_predictor" if _is_action(file) else "predictor"] = ("predictor", None)
     return parts
+
+
+def probe_parts(file: TorchFile, index: int) -> dict[str, tuple[str, int | None]]:
+    """Says what a probe is: a classifier, or an anticipator; `open_parts` takes it."""
+    names = map(_clean, file.part("classifiers", index).tensors)
+    anticipates = any(name.startswith(("action_classifier.", "verb_classifier.")) for name in names)
+    return {"anticipator" if anticipates else "classifier": ("classifiers", index)}
 
 
 def _is_action(file: TorchFile) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jvjepa.config import (
     ActionPredictorConfig,
+    AnticipatorConfig,
     ClassifierConfig,
     EncoderConfig,
     ModelConfig,
@@ -30,7 +31,8 @@ from jvjepa.errors import CheckpointError, InputError
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.integer[Any]]
-_WithBlocks = EncoderConfig | PredictorConfig | ActionPredictorConfig | ClassifierConfig
+_Probe = ClassifierConfig | AnticipatorConfig
+_WithBlocks = EncoderConfig | PredictorConfig | ActionPredictorConfig | _Probe
 _Rotation = tuple[Tensor, Tensor]  # cosines and sines, [B or 1, 1, N, rotated channels]
 _T = TypeVar("_T")
 
@@ -49,7 +51,7 @@ class Official:
     Args:
         config: the architecture: attention heads, layers, and how tokens are placed. Other sizes
             are those of the tensors.
-        weights: Meta's state dicts by part ("encoder", "predictor", "classifier",
+        weights: Meta's state dicts by part ("encoder", "predictor", "classifier", "anticipator",
             "action_predictor"), without "module." and "backbone." in the names. Tensors may be
             mapped from a file: each is converted when it is used, and not kept.
         rounding: "bfloat16" rounds every weight to bfloat16 first; the computation stays float32.
@@ -173,9 +175,59 @@ class Official:
         config = _given(self._config.classifier, "classifier")
         x = _floats("tokens", tokens, None, None, self._config.encoder.hidden_size)
         weights = self._part("classifier")
-        for i in range(config.num_layers):
-            x = _block(weights, f"pooler.blocks.{i}", x, config)
-        return _linear(weights, "linear", _pool(weights, config, x)).numpy()
+        return _linear(weights, "linear", _pool(weights, config, x)[:, 0]).numpy()
+
+    @torch.inference_mode()
+    def action_logits(self, tokens: Floats) -> dict[str, Floats]:
+        """Maps tokens, float32 [B, N, D], to the logits of each head of an anticipation probe.
+
+        Returns:
+            float32 [B, classes] by kind: verbs, nouns and actions, or actions alone.
+        """
+        config = _given(self._config.anticipator, "anticipator")
+        x = _floats("tokens", tokens, None, None, self._config.encoder.hidden_size)
+        weights = self._part("anticipator")
+        pooled = _pool(weights, config, x).unbind(1)  # a query for each kind
+        kinds = ("verbs", "nouns", "actions") if config.verbs else ("actions",)
+        return {
+            kind: _linear(weights, f"{kind.removesuffix('s')}_classifier", each).numpy()
+            for kind, each in zip(kinds, pooled, strict=True)
+        }
+
+    @torch.inference_mode()
+    def anticipate(
+        self, video: Floats, seconds: NDArray[np.floating[Any]], num_steps: int = 1
+    ) -> dict[str, Floats]:
+        """Says what happens some time after a clip, by Meta's `AnticipativeWrapper` and probe.
+
+        Args:
+            video: as for `tokens`.
+            seconds: float [B], how long after each clip.
+            num_steps: how often the predictor runs; its output replaces the oldest tokens.
+
+        Returns:
+            As `action_logits`.
+        """
+        config = _given(self._config.anticipator, "anticipator")
+        predictor, encoder = _given(self._config.predictor, "predictor"), self._config.encoder
+        x = np.concatenate(self.levels(video)[-predictor.num_levels :], axis=-1)
+        batch, count, _ = x.shape
+        rows, columns = (side // encoder.patch_size for side in video.shape[2:4])
+        size = rows * columns
+        rate = config.frames_per_second
+        skipped = (torch.from_numpy(seconds) * rate / encoder.tubelet_size).to(torch.int64)
+        output_frames = max(config.output_frames, encoder.tubelet_size)
+        num_hidden = size * (output_frames // encoder.tubelet_size)
+        seen_ids = np.tile(np.arange(count), (batch, 1))
+        hidden_ids = count + size * skipped[:, None].numpy() + np.arange(num_hidden)
+        grid = (int(hidden_ids.max()) // size + 1, rows, columns)
+        found = [x]
+        for _ in range(num_steps):
+            mask_index = 1 % predictor.num_mask_tokens
+            hidden, _ = self.predict(x, seen_ids, hidden_ids, grid, mask_index)
+            found.append(hidden)
+            x = np.concatenate([x[:, num_hidden:], hidden], axis=1)
+        return self.action_logits(np.concatenate(found, axis=1)[..., -encoder.hidden_size :])
 
     @torch.inference_mode()
     def next_tokens(
@@ -295,16 +347,17 @@ def _embed_context(weights: _StateDict, config: PredictorConfig, context: Tensor
     return _linear(weights, "predictor_embed.2", x)
 
 
-def _pool(weights: _StateDict, config: ClassifierConfig, x: Tensor) -> Tensor:
-    """Pools [B, N, D] to [B, D]. The query is not normed, what it sees is not projected."""
+def _pool(weights: _StateDict, config: _Probe, x: Tensor) -> Tensor:
+    """Pools [B, N, D] to [B, n, D]. Queries are not normed, what they see is not projected."""
+    for i in range(config.num_layers):
+        x = _block(weights, f"pooler.blocks.{i}", x, config)
     name, eps = "pooler.cross_attention_block", config.layer_norm_eps
     query = weights["pooler.query_tokens"].expand(x.shape[0], -1, -1)
     q = _linear(weights, f"{name}.xattn.q", query)
     x = _norm(weights, f"{name}.norm1", x, eps)
     k, v = _linear(weights, f"{name}.xattn.kv", x).chunk(2, dim=-1)
     pooled = query + _attend(*(_heads(part, config.num_heads) for part in (q, k, v)))
-    pooled = pooled + _mlp(weights, f"{name}.mlp", _norm(weights, f"{name}.norm2", pooled, eps))
-    return pooled.squeeze(1)
+    return pooled + _mlp(weights, f"{name}.mlp", _norm(weights, f"{name}.norm2", pooled, eps))
 
 
 def _block(

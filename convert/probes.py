@@ -1,7 +1,6 @@
 """Attaching an attentive probe, which Meta releases without an encoder, to a converted encoder."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from jvjepa.config import ModelConfig
-from jvjepa.convert.architecture import infer_probe
+from jvjepa.convert.architecture import infer_anticipator, infer_probe
 from jvjepa.convert.conversion import Report, check_apart, read_pieces
-from jvjepa.convert.meta import MetaWeights, meta_entries, open_parts
+from jvjepa.convert.labels import ActionLabels
+from jvjepa.convert.meta import MetaWeights, meta_entries, open_parts, probe_parts
 from jvjepa.convert.tables import Entry, expected_shapes
 from jvjepa.convert.torchfile import TorchFile, open_torch
 from jvjepa.errors import CheckpointError, ConfigError, InputError
@@ -35,7 +35,7 @@ def attach_probe(
     encoder: str | Path,
     out: str | Path,
     *,
-    labels: tuple[str, ...],
+    labels: tuple[str, ...] | ActionLabels,
     index: int | None = None,
     heads: int | None = None,
     layers: tuple[int, ...] | None = None,
@@ -46,15 +46,17 @@ def attach_probe(
 
     Args:
         probe: the probe's `.pt` file.
-        encoder: a converted checkpoint without a classifier; its weights and dtype are kept.
+        encoder: a converted checkpoint without a classifier, and with a predictor for a probe that
+            anticipates actions; its weights and dtype are kept.
         out: the folder to make.
-        labels: names of the probe's classes, in the order of its logits.
+        labels: names of the probe's classes, in the order of its logits; `ActionLabels` for one
+            that anticipates verbs, nouns and actions.
         index: which of the classifiers in the file; None is right where there is one.
         heads: attention heads of the pooler; None means Meta's 16.
-        layers: see `ClassifierConfig.layers`; None means what the released probe of that file name
-            takes, else the last layer alone.
+        layers: of a classifier, see `ClassifierConfig.layers`; None means what the released probe
+            of that file name takes, else the last layer alone.
         frames: frames of the clips that the probe was trained on; None means those of the released
-            probe of that file name, else as many as the encoder.
+            probe of that file name, else as many as the encoder, and 32 for anticipation.
         force: replace `out`.
 
     Returns:
@@ -68,19 +70,28 @@ def attach_probe(
     check_apart(encoder, out)
     check_apart(probe, out)
     config, source = read_record(encoder)
-    if config.classifier is not None:
+    if config.classifier is not None or config.anticipator is not None:
         raise InputError(f"{encoder} has a classifier already; attach the probe to an encoder")
     with open_torch(probe) as file, open_safetensors(encoder / WEIGHTS_FILE) as stored:
         dtype = check_stored(encoder / WEIGHTS_FILE, stored, config)
-        weights = open_parts(file, {"classifier": ("classifiers", _index(file, index))})
-        classifier = infer_probe(
-            probe, weights.shapes, labels, heads=heads, layers=layers, frames=frames
-        )
+        parts = probe_parts(file, _index(file, index))
+        (part,) = parts
+        weights = open_parts(file, parts)
+        if part == "anticipator":
+            labels = _action_labels(probe, labels, layers)
+            if config.predictor is None:
+                raise InputError(f"{encoder} has no predictor, without which {probe} sees nothing")
+            head: Any = infer_anticipator(probe, weights.shapes, labels, heads=heads, frames=frames)
+        elif isinstance(labels, ActionLabels):
+            raise InputError(f"{probe} is a classifier; its labels are names, not verbs and nouns")
+        else:
+            how = {"heads": heads, "layers": layers, "frames": frames}
+            head = infer_probe(probe, weights.shapes, labels, **how)
         try:
-            config = dataclasses.replace(config, classifier=classifier)
+            config = dataclasses.replace(config, **{part: head})
         except ConfigError as error:
             raise CheckpointError(f"{probe} does not fit {encoder}: {error}") from None
-        wanted = [entry for entry in meta_entries(config) if entry.part == "classifier"]
+        wanted = [entry for entry in meta_entries(config) if entry.part == part]
         check_names(f"{probe}, for {encoder}", weights.shapes, expected_shapes(wanted))
         record = Source(
             name=str(probe),
@@ -102,36 +113,12 @@ def attach_probe(
     )
 
 
-def read_labels(path: str | Path) -> tuple[str, ...]:
-    """Reads the names of classes.
-
-    Args:
-        path: a JSON list of names; a JSON object {"0": name, ..}, or one that has such an object
-            under "id2label", as Hugging Face's config.json does; or a text with one name a line.
-
-    Returns:
-        The names, in the order of the logits.
-
-    Raises:
-        InputError: it is none of these.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    if Path(path).suffix != ".json":
-        names: Any = text.splitlines()
-    else:
-        try:
-            names = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: {error}") from None
-        if isinstance(names, dict):
-            names = names.get("id2label", names)
-        if isinstance(names, dict):
-            if set(names) != {str(i) for i in range(len(names))}:
-                raise InputError(f"{path}: the keys must be 0 to {len(names) - 1}, each once")
-            names = [names[str(i)] for i in range(len(names))]
-    if not isinstance(names, list) or not all(isinstance(x, str) and x.strip() for x in names):
-        raise InputError(f"{path} must hold the names of the classes, none of them empty")
-    return tuple(names)
+def _action_labels(
+    probe: Path, labels: tuple[str, ...] | ActionLabels, layers: tuple[int, ...] | None
+) -> ActionLabels:
+    if layers is not None:
+        raise InputError(f"{probe} anticipates actions; --probe-layers is for classifiers")
+    return labels if isinstance(labels, ActionLabels) else ActionLabels(actions=labels)
 
 
 def _index(file: TorchFile, asked: int | None) -> int:
@@ -155,10 +142,11 @@ def _pieces(
     wanted: list[Entry],
     dtype: np.dtype,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Our tensors, copied row by row, and at its place the classifier."""
+    """Our tensors, copied row by row, and at their place those of the probe."""
     attached = False
+    probed = {entry.ours for entry in wanted}
     for name, shape in parameter_shapes(config).items():
-        if not name.startswith("classifier/"):
+        if name not in probed:
             rows = stored.get_slice(name)
             for i in range(shape[0]):
                 yield name, rows[i : i + 1]

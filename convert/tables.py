@@ -100,7 +100,7 @@ class Entry:
 
     @property
     def part(self) -> str:
-        """Which part it belongs to: encoder, predictor, classifier or action_predictor."""
+        """Which part it belongs to: encoder, predictor, classifier, .."""
         return self.ours.split("/")[0]
 
     def take(self, theirs: NDArray[Any]) -> NDArray[Any]:

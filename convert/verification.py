@@ -11,12 +11,15 @@ import numpy as np
 from safetensors import safe_open
 
 from jvjepa import weights as our_weights
+from jvjepa.area import AreaOptions
 from jvjepa.config import ModelConfig
 from jvjepa.convert import hub
 from jvjepa.convert.architecture import Hints
 from jvjepa.convert.comparison import (
     PartCheck,
     Size,
+    compare_anticipation,
+    compare_anticipator,
     compare_classifier,
     compare_parts,
     relative_error,
@@ -57,7 +60,8 @@ def verify(
 
     The original runs in transformers, which has V-JEPA 2. V-JEPA 2.1, 2-AC and Meta's probes run in
     `jvjepa.convert.official`, a port of Meta's code to which its tests hold Meta's own outputs. The
-    checks say which it was.
+    checks say which it was. With a probe that anticipates actions and a `.pt` source, the port also
+    runs all parts one after the other.
 
     Args:
         model: the converted checkpoint.
@@ -89,7 +93,8 @@ def verify(
     if probe is not None and not attached:
         raise InputError(f"{model} was made without a probe, and there is nothing to compare")
     _require_torch()
-    inner = dataclasses.replace(config, classifier=None) if attached else config
+    part = next(iter(attached.keys)) if attached else None  # classifier or anticipator
+    inner = dataclasses.replace(config, **{part: None}) if part else config
     rng = np.random.default_rng(seed)
     path = model / our_weights.WEIGHTS_FILE
     with contextlib.ExitStack() as stack:
@@ -101,17 +106,23 @@ def verify(
         file = stack.enter_context(open_safetensors(path))
         dtype = our_weights.check_stored(path, file, config)
         checks = list(_check_weights(file, original.weights, wanted, dtype))
-        loaded = our_weights.load(model, dtype="float32")
+        # The originals have full attention in all layers.
+        full = AreaOptions(layers=(0, 0))
+        loaded = our_weights.load(model, dtype="float32", areas=full)
         oracle = _oracle(original, inner, dtype.name)
         size = Size(clips=clips, frames=frames, rounded=dtype.name == "bfloat16")
         checks += compare_parts(loaded, inner, oracle, size, rng)
         if attached:
             theirs = stack.enter_context(_open_probe(Path(probe), attached))
-            wanted = [entry for entry in meta_entries(config) if entry.part == "classifier"]
+            wanted = [entry for entry in meta_entries(config) if entry.part == part]
             check_names(f"{probe}, for {model}", theirs.shapes, expected_shapes(wanted))
             checks += _check_weights(file, theirs, wanted, dtype)
-            port = _official(config, {"classifier": theirs.part("classifier")}, dtype.name)
-            checks.append(compare_classifier(loaded, port, size, rng))
+            weights = {part: theirs.part(part)} | ({} if is_hf else _parts(original.weights))
+            port = _official(config, weights, dtype.name)
+            compare = compare_classifier if part == "classifier" else compare_anticipator
+            checks.append(compare(loaded, port, size, rng))
+            if part == "anticipator" and not is_hf:
+                checks.append(compare_anticipation(loaded, port, size, rng))
     return checks
 
 
@@ -139,9 +150,10 @@ def _open(
 
 @contextlib.contextmanager
 def _open_probe(path: Path, attached: Source) -> Iterator[MetaWeights]:
-    index = int(attached.keys["classifier"].removeprefix("classifiers[").removesuffix("]"))
+    ((part, key),) = attached.keys.items()
+    index = int(key.removeprefix("classifiers[").removesuffix("]"))
     with open_torch(path) as file:
-        yield open_parts(file, {"classifier": ("classifiers", index)})
+        yield open_parts(file, {part: ("classifiers", index)})
 
 
 def _oracle(original: Original, config: ModelConfig, rounding: str) -> "Oracle | Official":
@@ -150,10 +162,14 @@ def _oracle(original: Original, config: ModelConfig, rounding: str) -> "Oracle |
     if not isinstance(original.weights, MetaWeights):
         classifies = config.classifier is not None
         return Oracle.from_folder(original.path, classifier=classifies, rounding=rounding)
-    weights = {part: original.weights.part(part) for part in original.weights.parts}
+    weights = _parts(original.weights)
     if config.encoder.rope == "tiled" and config.predictor is not None:
         return Oracle.from_meta(config, **weights, rounding=rounding)
     return _official(config, weights, rounding)
+
+
+def _parts(weights: MetaWeights) -> "dict[str, dict[str, torch.Tensor]]":
+    return {part: weights.part(part) for part in weights.parts}
 
 
 def _official(

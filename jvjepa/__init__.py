@@ -1,5 +1,6 @@
 """V-JEPA 2 video encoders in JAX: convert, stream, adapt and export them."""
 
+from jvjepa import anticipation as anticipation
 from jvjepa import gating as gating
 from jvjepa import masks as masks
 from jvjepa import planning as planning
@@ -8,7 +9,9 @@ from jvjepa import registry as registry
 from jvjepa import streaming as streaming
 from jvjepa import video as video
 from jvjepa.action import ActionPredictor as ActionPredictor
+from jvjepa.anticipation import Anticipator as Anticipator
 from jvjepa.config import ActionPredictorConfig as ActionPredictorConfig
+from jvjepa.config import AnticipatorConfig as AnticipatorConfig
 from jvjepa.config import ClassifierConfig as ClassifierConfig
 from jvjepa.config import EncoderConfig as EncoderConfig
 from jvjepa.config import ModelConfig as ModelConfig

@@ -5,18 +5,21 @@ depend on N², and on a CPU it is several times faster than the batched product.
 are `jax.nn.dot_product_attention`.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jvjepa.errors import ConfigError
-from jvjepa.typing import Array
+from jvjepa.errors import ConfigError, InputError
+from jvjepa.typing import Array, DType
 
 Backend = Literal["auto", "xla", "chunked", "cudnn"]
 
-_QUERY_BLOCK = 512
+_QUERY_BLOCK = 512  # queries at most that `chunked` takes at a time
 _MAX_SCORE_BYTES = 1 << 30  # the largest float32 [B, H, N, M] that `auto` lets XLA make
+_CUDNN_DTYPES = ("bfloat16", "float16")
+_CUDNN_MAX_WIDTH = 128  # newer GPUs than the oldest that JAX supports take 256
 
 
 def check_backend(backend: str) -> None:
@@ -25,11 +28,56 @@ def check_backend(backend: str) -> None:
         raise ConfigError(f"attention = {backend!r}; it must be one of {get_args(Backend)}")
 
 
-def resolve(backend: Backend, score_shape: tuple[int, int, int, int]) -> Backend:
-    """Names the backend that runs.
+def available(platform: str) -> tuple[str, ...]:
+    """Names the backends of a platform.
 
-    `auto` takes `chunked` on a CPU; elsewhere `xla`, and `chunked` where the float32 scores would
-    take more than 1 GiB.
+    Args:
+        platform: as `jax.default_backend()` names it: "cpu", "gpu" or "tpu".
+
+    Returns:
+        Those in `Backend` that run there.
+    """
+    return tuple(name for name in get_args(Backend) if name != "cudnn" or platform == "gpu")
+
+
+def check_platform(backend: Backend, platform: str) -> None:
+    """Raises ConfigError where `backend` does not run on `platform`; see `available`."""
+    here = available(platform)
+    if backend not in here:
+        names = ", ".join(here)
+        raise ConfigError(
+            f"attention = {backend!r} needs an NVIDIA GPU; on {platform} there are {names}"
+        )
+
+
+def check_cudnn(dtype: DType, head_width: int) -> None:
+    """Checks what cuDNN's flash attention asks of its inputs.
+
+    Args:
+        dtype: of q, k and v.
+        head_width: K.
+
+    Raises:
+        ConfigError: cuDNN cannot take them.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in _CUDNN_DTYPES:
+        raise ConfigError(
+            f"attention = 'cudnn' computes in {' or '.join(_CUDNN_DTYPES)}, and the model in {name}"
+        )
+    if head_width % 8 or head_width > _CUDNN_MAX_WIDTH:
+        raise ConfigError(
+            f"attention = 'cudnn' takes heads of a multiple of 8 channels up to {_CUDNN_MAX_WIDTH}"
+            f", and these have {head_width}"
+        )
+
+
+def resolve(backend: Backend, score_shape: tuple[int, int, int, int]) -> Backend:
+    """Names the backend that runs on this process's platform, `jax.default_backend()`.
+
+    `auto` takes `chunked` on a CPU; elsewhere `xla`, and `chunked` where the float32 scores
+    [B, H, N, M] would take more than 1 GiB. It never takes `cudnn`, whose results depend on the
+    version of cuDNN and which not all dtypes and head widths have: that is asked for by name.
 
     Args:
         backend: the wish.
@@ -39,14 +87,16 @@ def resolve(backend: Backend, score_shape: tuple[int, int, int, int]) -> Backend
         "xla", "chunked" or "cudnn".
 
     Raises:
-        ConfigError: there is no such backend.
+        ConfigError: there is no such backend, or not on this platform.
     """
     check_backend(backend)
+    platform = jax.default_backend()
+    check_platform(backend, platform)
     if backend != "auto":
         return backend
     batch, heads, queries, keys = score_shape
     too_large = batch * heads * queries * keys * 4 > _MAX_SCORE_BYTES
-    return "chunked" if too_large or jax.default_backend() == "cpu" else "xla"
+    return "chunked" if too_large or platform == "cpu" else "xla"
 
 
 def attention(
@@ -54,76 +104,101 @@ def attention(
 ) -> Array:
     """Softmax(q kᵀ / √K) v, the softmax in float32.
 
+    JAX's own function lacks two gradients, and says so: `cudnn` has none under a mask where N or M
+    is odd, and `xla` none in bfloat16 where dtype promotion is strict.
+
     Args:
         q: [B, N, H, K].
-        k: [B, M, H, K].
-        v: [B, M, H, K].
+        k: [B, M, H, K], of the dtype of `q`.
+        v: [B, M, H, K], of the dtype of `q`.
         mask: bool [B or 1, 1 or H, 1 or N, M], True where a query may see a key. A query that may
-            see none gets zeros. None means that all see all.
+            see none gets zeros, and has no gradient. None means that all see all.
         backend: see `resolve`.
 
     Returns:
         [B, N, H, K] in the dtype of `q`.
 
     Raises:
-        ConfigError: there is no such backend.
+        InputError: shapes or dtypes that do not fit together.
+        ConfigError: there is no such backend, or it does not take these inputs.
     """
-    batch, queries, heads, _ = q.shape
+    _check_inputs(q, k, v, mask)
+    batch, queries, heads, width = q.shape
     keys = k.shape[1]
     chosen = resolve(backend, (batch, heads, queries, keys))
     if chosen == "chunked":
         return _chunked(q, k, v, mask)
+    full = mask
+    if chosen == "cudnn":
+        check_cudnn(q.dtype, width)
+        if mask is not None:  # JAX does not broadcast it for cuDNN under vmap
+            full = jnp.broadcast_to(mask, (batch, heads, queries, keys))
+    # JAX's own function mixes bfloat16 and float32, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(q, k, v, mask=full, implementation=chosen)
     if mask is None:
-        return _fused(q, k, v, None, chosen)
-    # cuDNN takes no mask that still has to be broadcast.
-    full = (batch, heads if chosen == "cudnn" else mask.shape[1], queries, keys)
-    out = _fused(q, k, v, jnp.broadcast_to(mask, full), chosen)
+        return out
     sees_any = jnp.any(mask, axis=-1).swapaxes(1, 2)[..., None]  # [B or 1, 1 or N, 1 or H, 1]
     return jnp.where(sees_any, out, jnp.zeros((), out.dtype))
 
 
-def _fused(q: Array, k: Array, v: Array, mask: Array | None, implementation: str) -> Array:
-    # JAX's own function mixes bfloat16 and float32, which strict promotion forbids.
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+def _check_inputs(q: Array, k: Array, v: Array, mask: Array | None) -> None:
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    of_q, of_k = (x.shape[:1] + x.shape[2:] for x in (q, k))  # without the length
+    if q.ndim != 4 or of_q != of_k or k.shape != v.shape:
+        raise InputError(f"{shapes}; they must be [B, N, H, K], [B, M, H, K] and [B, M, H, K]")
+    if 0 in q.shape or 0 in k.shape:
+        raise InputError(f"{shapes}; there is nothing to attend to")
+    if not (q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating)):
+        raise InputError(
+            f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; they must have the same floating dtype"
+        )
+    if mask is None:
+        return
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    sizes = [{1, batch}, {1, heads}, {1, queries}, {keys}]
+    fits = mask.ndim == 4 and all(n in of for n, of in zip(mask.shape, sizes, strict=True))
+    if not fits or mask.dtype != jnp.bool_:
+        raise InputError(
+            f"mask is {mask.dtype} {mask.shape}; it must be bool [{batch} or 1, 1 or {heads}, "
+            f"1 or {queries}, {keys}]"
+        )
 
 
 def _chunked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     batch, queries, heads, width = q.shape
-    block = min(_QUERY_BLOCK, queries)
+    block = -(-queries // -(-queries // _QUERY_BLOCK))  # even blocks: 1,152 are 3 of 384
     blocks = -(-queries // block)
-    padding = blocks * block - queries
-    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    q = q.reshape(batch, blocks, block, heads, width).transpose(
-        0, 3, 1, 2, 4
-    )  # [B, H, blocks, block, K]
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, H, M, K]
-    if mask is not None and mask.shape[2] > 1:
-        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=True)
+    # Where they do not come out even, the last block begins a little earlier: nothing is padded.
+    starts = jnp.minimum(jnp.arange(blocks) * block, queries - block)
+    q, k, v = (x.swapaxes(1, 2).reshape(batch * heads, -1, width) for x in (q, k, v))
 
-    def one_head(index: Array) -> Array:
-        b, h = index // heads, index % heads
-        head_k, head_v = k[b, h], v[b, h]
+    def one_head(head: tuple[Array, Array, Array, Array]) -> Array:
+        index, q, k, v = head
 
-        @jax.checkpoint
-        def one_block(i: Array) -> Array:
-            return _attend(q[b, h, i], head_k, head_v, _mask_block(mask, b, h, i, block))
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def one_block(start: Array) -> Array:
+            rows = jax.lax.dynamic_slice_in_dim(q, start, block)
+            return _attend(rows, k, v, _mask_block(mask, index, heads, start, block))
 
-        return jax.lax.map(one_block, jnp.arange(blocks))
+        return jax.lax.map(one_block, starts)
 
-    out = jax.lax.map(one_head, jnp.arange(batch * heads))  # [B·H, blocks, block, K]
-    out = out.reshape(batch, heads, blocks * block, width)[:, :, :queries]
-    return out.swapaxes(1, 2)
+    out = jax.lax.map(one_head, (jnp.arange(batch * heads), q, k, v))  # [B·H, blocks, block, K]
+    whole, last = out[:, :-1], out[:, -1, blocks * block - queries :]
+    out = jnp.concatenate([whole.reshape(batch * heads, -1, width), last], axis=1)
+    return out.reshape(batch, heads, queries, width).swapaxes(1, 2)
 
 
-def _mask_block(mask: Array | None, b: Array, h: Array, i: Array, block: int) -> Array | None:
-    """The part [1 or block, M] of the mask for query block `i` of head `h` of batch row `b`."""
+def _mask_block(
+    mask: Array | None, index: Array, heads: int, start: Array, block: int
+) -> Array | None:
+    """The part [1 or block, M] of the mask for the queries from `start` of one (batch, head)."""
     if mask is None:
         return None
-    rows = mask[b if mask.shape[0] > 1 else 0, h if mask.shape[1] > 1 else 0]
-    if rows.shape[0] == 1:
-        return rows
-    return jax.lax.dynamic_slice_in_dim(rows, i * block, block)
+    place = (index // heads, index % heads, start)
+    corner = [i if size > 1 else 0 for i, size in zip(place, mask.shape, strict=False)]
+    rows = min(block, mask.shape[2])
+    return jax.lax.dynamic_slice(mask, (*corner, 0), (1, 1, rows, mask.shape[3]))[0, 0]
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -131,7 +206,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True)
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))  # it cancels
     if mask is not None:
         peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
     weights = jnp.exp(scores - peak)

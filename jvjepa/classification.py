@@ -38,7 +38,7 @@ from jvjepa.preprocessing import HasCropSize, crops
 from jvjepa.recording import check_output, named
 from jvjepa.storage import new_file
 from jvjepa.typing import Array, Params
-from jvjepa.weights import Model, load, read_record
+from jvjepa.weights import Model, read_record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -219,7 +219,7 @@ def classify_command(options: "cli.Classify", console: "Console") -> int:
     if options.json is not None:
         check_output(options.json, suffix=".json", force=options.force)
     require_classifier(read_record(options.model)[0].classifier, str(options.model))
-    model = load(options.model, dtype=options.dtype, attention=options.attention)
+    model = options.load()
     begin = time.perf_counter()
     with console.status("") as status:
         found = classify(

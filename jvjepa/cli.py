@@ -12,11 +12,14 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from jvjepa.area import parse_areas
 from jvjepa.attention import Backend
 from jvjepa.classification import Combine, classify_command
 from jvjepa.errors import InputError
 from jvjepa.gating import Reference
+from jvjepa.long import Long
 from jvjepa.streaming import Pool, Positions
+from jvjepa.weights import Model, load
 
 _DType = Literal["float32", "bfloat16"]
 _Positional = tyro.conf.Positional
@@ -51,7 +54,9 @@ class Convert:
     encoder: Path | None = None
     """The converted folder to attach it to."""
     labels: Path | None = None
-    """Names of the probe's classes: .json (a list, or Hugging Face's id2label), or a line each."""
+    """Names of the probe's classes: .json (a list, or Hugging Face's id2label), or a line each. Of
+    an EK100 probe: EPIC_100_train.csv, or .json with verbs, nouns, and actions as pairs of places.
+    """
     probe_index: int | None = None
     """Which classifier of the probe's file, where there are several."""
     probe_heads: int | None = None
@@ -62,6 +67,10 @@ class Convert:
     probe_frames: int | None = None
     """Frames of the clips that the probe was trained on; by default those of the released probe of
     that file name, or the encoder's."""
+    area: str | None = None
+    """Store area attention with the model, SPATIALxTEMPORAL splits as 2x2."""
+    area_layers: str | None = None
+    """START:END of the layers that have it, as 0:18; by default the first three quarters."""
     force: bool = False
     """Replace OUT."""
 
@@ -95,7 +104,26 @@ class Verify:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading:
+class Running:
+    """How to run the model."""
+
+    dtype: _DType | None = None
+    """Dtype of the computation; by default that of the weights."""
+    attention: Backend = "auto"
+    """Attention backend."""
+    area: str | None = None
+    """Area attention, SPATIALxTEMPORAL splits as 2x2; by default what was stored at conversion."""
+    area_layers: str | None = None
+    """START:END of the layers that have it, as 0:18; by default the first three quarters."""
+
+    def load(self) -> Model:
+        """Loads the model of a command."""
+        areas = parse_areas(self.area, self.area_layers)
+        return load(self.model, dtype=self.dtype, attention=self.attention, areas=areas)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading(Running):
     """What to read of a video, and how to run the model."""
 
     fps: float | None = None
@@ -104,24 +132,30 @@ class Reading:
     """Seconds to skip (files only)."""
     end: float | None = None
     """Seconds at which to stop."""
-    dtype: _DType | None = None
-    """Dtype of the computation; by default that of the weights."""
-    attention: Backend = "auto"
-    """Attention backend."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embed(Reading):
-    """Embed one clip of a video, or a picture."""
+    """Embed one clip of a video, a picture, or with --max-tokens every frame of a long video."""
 
     model: _Positional[Path]
     """A converted folder."""
     video: _Positional[str]
     """A file or a URL of one; for V-JEPA 2.1 also a picture."""
     out: Path
-    """The .npz to write: embedding [D], times, and tokens [N, D] if asked for."""
+    """The .npz to write: embedding [D], times, and tokens [N, D] if asked for. With --max-tokens
+    times are [n, 2], the first and last of each clip, beside embeddings [n, D], num_tokens [n]."""
     num_frames: int | None = None
     """Frames of the clip; by default as many as the model was trained with."""
+    max_tokens: int | None = None
+    """Take every frame, and encode at most so many tokens in one forward pass."""
+    frame_step: int | None = None
+    """With --max-tokens, take every so-manyth frame."""
+    long: Long | None = None
+    """With --max-tokens, encode clips one by one (the default), or stream tubelets, of which each
+    sees those before it that fit."""
+    overlap: int | None = None
+    """Frames that a clip shares with the one before, by default 0."""
     tokens: bool = False
     """Write all tokens too."""
     repeat_frame: bool = False
@@ -153,7 +187,7 @@ class Features(Reading):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Classify:
+class Classify(Running):
     """Say what happens in a video, with a checkpoint that has a classifier."""
 
     model: _Positional[Path]
@@ -175,10 +209,26 @@ class Classify:
     average the probabilities of clips."""
     json: Path | None = None
     """A .json to write the result into."""
-    dtype: _DType | None = None
-    """Dtype of the computation; by default that of the weights."""
-    attention: Backend = "auto"
-    """Attention backend."""
+    force: bool = False
+    """Replace the file."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Anticipate(Running):
+    """Say what will happen after a moment of a video, with a checkpoint that has an anticipator."""
+
+    model: _Positional[Path]
+    """A converted folder."""
+    video: _Positional[str]
+    """A file."""
+    at: float | None = None
+    """Seconds from the start at which the clip ends that the model sees; by default the end."""
+    ahead: float = 1.0
+    """Seconds from there to what is anticipated."""
+    top: int = 5
+    """Classes to show of each kind."""
+    json: Path | None = None
+    """A .json to write the result into."""
     force: bool = False
     """Replace the file."""
 
@@ -272,6 +322,7 @@ _Command = (
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Features, tyro.conf.subcommand("features")]
     | Annotated[Classify, tyro.conf.subcommand("classify")]
+    | Annotated[Anticipate, tyro.conf.subcommand("anticipate")]
     | Annotated[Stream, tyro.conf.subcommand("stream")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -295,6 +346,7 @@ def run(command: object, console: Console) -> int:
     """
     from jvjepa import commands  # here, because it imports this module
     from jvjepa.features import features_command
+    from jvjepa.forecasting import anticipate_command
 
     name = type(command).__name__
     action = {
@@ -305,6 +357,7 @@ def run(command: object, console: Console) -> int:
         "Embed": commands.embed,
         "Features": features_command,
         "Classify": classify_command,
+        "Anticipate": anticipate_command,
         "Stream": commands.stream,
         "Calibrate": commands.calibrate,
         "Demo": commands.demo,

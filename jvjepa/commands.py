@@ -14,12 +14,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-import jvjepa
 from jvjepa import calibration, cli, plot, registry
-from jvjepa.attention import resolve
+from jvjepa.area import parse_areas
+from jvjepa.attention import available, resolve
 from jvjepa.errors import InputError, VideoError
 from jvjepa.gating import Gate
 from jvjepa.live import Result, Session, Tubelet, tubelets
+from jvjepa.long import embed_long, is_long
 from jvjepa.parameters import count_parameters, parameter_shapes
 from jvjepa.pictures import read_clip
 from jvjepa.recording import Recorder, Thumbnails, check_output, save_npz
@@ -62,6 +63,7 @@ def convert(options: cli.Convert, console: Console) -> int:
                 predictor_heads=options.predictor_heads,
                 crop_size=options.crop_size,
             ),
+            areas=parse_areas(options.area, options.area_layers),
             force=options.force,
         )
     console.print(f"wrote {report.out}: {report.dtype}, {report.num_bytes / 1e6:,.1f} MB")
@@ -74,10 +76,14 @@ def _attach(options: cli.Convert) -> "Report":
     from jvjepa.convert import attach_probe, read_labels
 
     usage = "jvjepa convert --probe FILE.pt --encoder MODEL --labels FILE OUT"
-    of_encoder = ("out", "dtype", "revision", "key", "heads", "predictor_heads", "crop_size")
+    of_encoder = (
+        *("out", "dtype", "revision", "key", "heads", "predictor_heads", "crop_size"),
+        *("area", "area_layers"),
+    )
     odd = [name for name in of_encoder if getattr(options, name) is not None]
     if odd:
-        what = "one folder too many" if odd[0] == "out" else f"--{odd[0]} is not for --probe"
+        option = f"--{odd[0].replace('_', '-')}"
+        what = "one folder too many" if odd[0] == "out" else f"{option} is not for --probe"
         raise InputError(f"{what}: {usage}")
     if options.encoder is None:
         raise InputError(f"a probe needs the converted encoder that it is for: {usage}")
@@ -116,6 +122,8 @@ def verify(options: cli.Verify, console: Console) -> int:
         probe=options.probe,
         frames=options.frames,
     )
+    if read_record(options.model)[0].encoder.has_areas:
+        console.print("area attention is left out: the original has full attention in all layers")
     width = max(len(check.name) for check in checks)
     for check in checks:
         verdict = "ok  " if check.ok else "FAIL"
@@ -144,7 +152,9 @@ def doctor(options: cli.Doctor, console: Console) -> int:
 def embed(options: cli.Embed, console: Console) -> int:
     """`jvjepa embed`."""
     check_output(options.out, suffix=".npz", force=options.force)
-    model = jvjepa.load(options.model, dtype=options.dtype, attention=options.attention)
+    if is_long(options):
+        return embed_long(options, console)
+    model = options.load()
     clip = read_clip(
         model.config,
         options.video,
@@ -199,7 +209,7 @@ def stream_video(options: cli.Stream, console: Console) -> float | None:
         settle=options.settle,
         reference=options.reference,
     )
-    model = jvjepa.load(options.model, dtype=options.dtype, attention=options.attention)
+    model = options.load()
     columns = {
         "embeddings": (np.dtype(np.float32), (model.config.encoder.hidden_size,)),
         "is_new": (np.dtype(np.bool_), ()),
@@ -239,7 +249,7 @@ def calibrate(options: cli.Calibrate, console: Console) -> int:
     if not 0 < options.target_fidelity <= 1:
         raise InputError(f"target-fidelity = {options.target_fidelity}; it must be in (0, 1]")
     gate = Gate(tau=0.0, max_hold=options.max_hold, settle=options.settle)
-    model = jvjepa.load(options.model, dtype=options.dtype, attention=options.attention)
+    model = options.load()
     with contextlib.closing(_incoming(options, model)) as incoming:
         no_frame = np.empty((0, 0, 3), np.uint8)  # of a large video they would fill the memory
         clip = [tubelet._replace(frame=no_frame) for tubelet in incoming]
@@ -309,6 +319,12 @@ def info(options: cli.Info, console: Console) -> int:
         f"{encoder.frames_per_clip} frames of {encoder.crop_size} x {encoder.crop_size}"
         + (", and on images" if encoder.image_tokenizer else "")
     )
+    if encoder.has_areas:
+        first, end = encoder.area_layers
+        console.print(
+            f"area attention in layers {first} to {end - 1}: {encoder.area_spatial_splits} x "
+            f"{encoder.area_temporal_splits} (spatial x temporal) areas"
+        )
     if config.classifier is not None:
         labels = config.classifier.labels
         frames = config.classifier.frames_per_clip or encoder.frames_per_clip
@@ -316,9 +332,21 @@ def info(options: cli.Info, console: Console) -> int:
             f"classifier: {len(labels)} classes, {labels[0]!r} to {labels[-1]!r}; "
             f"{config.classifier.num_heads} heads, trained on {frames} frames"
         )
+    if config.anticipator is not None:
+        part = config.anticipator
+        counts = f"{len(part.verbs)} verbs, {len(part.nouns)} nouns, {len(part.actions)} actions"
+        console.print(
+            f"anticipator: {counts}; trained on {part.frames_per_clip} frames, "
+            f"{part.frames_per_second} a second"
+        )
     tokens = encoder.frames_per_clip // encoder.tubelet_size * encoder.config_grid**2
     backend = resolve("auto", (1, encoder.num_heads, tokens, tokens))
-    console.print(f"attention here, {tokens} tokens: {backend} on {jax.default_backend()}")
+    platform = jax.default_backend()
+    others = " and ".join(name for name in available(platform) if name not in ("auto", backend))
+    console.print(
+        f"attention: auto takes {backend} on {platform} for a clip of {tokens:,} tokens; "
+        f"there is also {others}"
+    )
     _print_parameters(count_parameters(config), console)
     if options.shapes:
         for name, shape in parameter_shapes(config).items():
@@ -338,13 +366,13 @@ def _print_source(source: Source | None, console: Console) -> None:
     for name, reason in source.dropped.items():
         console.print(f"left out {name}: {reason}")
     if source.probe is not None:
-        console.print("classifier attached:")
+        console.print("probe attached:")
         _print_source(source.probe, console)
 
 
 def _print_parameters(counts: dict[str, int], console: Console) -> None:
     for part, count in {**counts, "all": sum(counts.values())}.items():
-        console.print(f"{part + ':':11} {count:13,} parameters")
+        console.print(f"{part + ':':17} {count:13,} parameters")
 
 
 def _incoming(options: cli.Stream | cli.Calibrate, model: Model) -> Generator[Tubelet, None, None]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
@@ -98,6 +99,11 @@ class EncoderConfig:
             tells images from videos (V-JEPA 2.1). Without it a single frame is used twice.
         levels: the layers, counted from 0, whose outputs have a norm of their own (V-JEPA 2.1); the
             last is the last layer. () means one norm, after the last layer.
+        area_layers: (start, end), the layers with area attention, see `jvjepa.area`: start to end-1
+            from 0. An empty range, (0, 0), means that all have full attention.
+        area_temporal_splits: areas over the tubelets of a clip; 1 for streaming.
+        area_spatial_splits: areas over the rows of a token grid.
+        area_residual_scale: what attention over areas is multiplied with before its projection.
 
     Raises:
         ConfigError: a value is unknown or impossible.
@@ -117,6 +123,10 @@ class EncoderConfig:
     interpolate: bool = False
     image_tokenizer: bool = False
     levels: tuple[int, ...] = ()
+    area_layers: tuple[int, int] = (0, 0)
+    area_temporal_splits: int = 2
+    area_spatial_splits: int = 2
+    area_residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -124,6 +134,7 @@ class EncoderConfig:
             self,
             *("hidden_size", "num_layers", "num_heads", "mlp_dim", "crop_size"),
             *("frames_per_clip", "patch_size", "tubelet_size"),
+            *("area_temporal_splits", "area_spatial_splits"),
         )
         _check_heads(self, self.hidden_size, self.num_heads)
         side = f"a multiple of patch_size = {self.patch_size}"
@@ -138,6 +149,7 @@ class EncoderConfig:
             f"false for patch_size = {self.patch_size}; it is defined for 14 and 16",
         )
         _check_levels(self)
+        _check_areas(self)
 
     @property
     def block(self) -> BlockConfig:
@@ -153,6 +165,11 @@ class EncoderConfig:
     def num_levels(self) -> int:
         """How many layers have a norm of their own; 1 where only the last one has."""
         return max(1, len(self.levels))
+
+    @property
+    def has_areas(self) -> bool:
+        """Whether any layer has area attention."""
+        return self.area_layers[0] < self.area_layers[1]
 
     @property
     def config_grid(self) -> int:
@@ -298,6 +315,47 @@ class ClassifierConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AnticipatorConfig:
+    """The attentive pooler and the classifiers of the actions to come, which also see predictions.
+
+    Args:
+        actions: class names, in the order of the logits.
+        verbs, nouns: those of classifiers of their own; () where there are none.
+        num_layers, num_heads, layer_norm_eps: as in `ClassifierConfig`.
+        frames_per_clip, frames_per_second: of the clips that it was trained on.
+        output_frames: frames that the predictor predicts at a time, at least a tubelet.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    actions: tuple[str, ...]
+    verbs: tuple[str, ...] = ()
+    nouns: tuple[str, ...] = ()
+    num_layers: int = 3
+    num_heads: int = 16
+    layer_norm_eps: float = 1e-5
+    frames_per_clip: int = 32
+    frames_per_second: int = 8
+    output_frames: int = 2
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        frames = ("frames_per_clip", "frames_per_second", "output_frames")
+        _check_positive_ints(self, "num_layers", "num_heads", *frames)
+        for field in self.heads:
+            names = getattr(self, field)
+            strings = isinstance(names, tuple) and all(isinstance(x, str) for x in names)
+            _check(strings and len(names) > 0, self, field, "a tuple of one or more names")
+        _check_eps(self)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The fields that name the classes of a classifier; its query has the same place."""
+        return ("verbs", "nouns", "actions") if self.verbs or self.nouns else ("actions",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A whole checkpoint: the encoder and the parts that came with it.
 
@@ -305,6 +363,7 @@ class ModelConfig:
         encoder: the encoder.
         predictor: the predictor, or None.
         classifier: pooler and classifier, or None.
+        anticipator: pooler and classifiers of the actions to come, or None.
         action_predictor: the predictor of V-JEPA 2-AC, or None.
 
     Raises:
@@ -314,16 +373,15 @@ class ModelConfig:
     encoder: EncoderConfig
     predictor: PredictorConfig | None = None
     classifier: ClassifierConfig | None = None
+    anticipator: AnticipatorConfig | None = None
     action_predictor: ActionPredictorConfig | None = None
 
     def __post_init__(self) -> None:
         """Checks that the parts are of one family and fit in width and depth."""
         encoder, predictor, classifier = self.encoder, self.predictor, self.classifier
         if predictor is not None:
-            for field, right in (
-                ("rope", encoder.rope),
-                ("modality_embeddings", encoder.image_tokenizer),
-            ):
+            alike = {"rope": encoder.rope, "modality_embeddings": encoder.image_tokenizer}
+            for field, right in alike.items():
                 family = f"the encoder's, {right!r}; these parts are of different families"
                 _check(getattr(predictor, field) == right, predictor, field, family)
             _check(
@@ -335,17 +393,21 @@ class ModelConfig:
         if self.action_predictor is not None:
             right = "tiled, as V-JEPA 2-AC's; these parts are of different families"
             _check(encoder.rope == "tiled", encoder, "rope", right)
-        if classifier is not None:
-            width = encoder.hidden_size
+        width, tubelet = encoder.hidden_size, encoder.tubelet_size
+        for head in filter(None, (classifier, self.anticipator)):
             right = f"a divisor of the encoder's width {width}"
-            _check(width % classifier.num_heads == 0, classifier, "num_heads", right)
+            _check(width % head.num_heads == 0, head, "num_heads", right)
+            fits = head.frames_per_clip in (None, 1) or head.frames_per_clip % tubelet == 0
+            right = f"1 or a multiple of the encoder's tubelet_size, {tubelet}"
+            _check(fits, head, "frames_per_clip", right)
+        if classifier is not None:
             known = encoder.levels or range(encoder.num_layers)
             right = f"among the encoder's normed layers, {list(known)}"
             _check(set(classifier.layers) <= set(known), classifier, "layers", right)
-            frames = classifier.frames_per_clip
-            fits = frames in (None, 1) or frames % encoder.tubelet_size == 0
-            right = f"1 or a multiple of the encoder's tubelet_size, {encoder.tubelet_size}"
-            _check(fits, classifier, "frames_per_clip", right)
+        if self.anticipator is not None:
+            _check(predictor is not None, self, "predictor", "there, for the anticipator")
+            fits = predictor.output_dim in (None, predictor.num_levels * width)
+            _check(fits, predictor, "output_dim", "the encoder's width, for the anticipator")
 
     @property
     def crop_size(self) -> int:
@@ -383,6 +445,7 @@ class ModelConfig:
 _OPTIONAL_PARTS: dict[str, type] = {
     "predictor": PredictorConfig,
     "classifier": ClassifierConfig,
+    "anticipator": AnticipatorConfig,
     "action_predictor": ActionPredictorConfig,
 }
 
@@ -408,6 +471,17 @@ def _check_levels(config: EncoderConfig) -> None:
     right = f"() or ascending layers that end with the last one, {last}"
     fits = not config.levels or config.levels[-1] == last
     _check(_ascending(config.levels) and fits, config, "levels", right)
+
+
+def _check_areas(config: EncoderConfig) -> None:
+    pair = config.area_layers
+    fits = isinstance(pair, tuple) and len(pair) == 2 and all(type(x) is int for x in pair)
+    fits = fits and 0 <= pair[0] <= pair[1] <= config.num_layers
+    right = f"(start, end) with 0 <= start <= end <= {config.num_layers}, the number of layers"
+    _check(fits, config, "area_layers", right)
+    scale = config.area_residual_scale
+    fits = type(scale) in (int, float) and math.isfinite(scale)
+    _check(fits, config, "area_residual_scale", "a finite number")
 
 
 def _build(cls: type[_T], values: object) -> _T:

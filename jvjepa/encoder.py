@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jvjepa import rope
+from jvjepa.area import Areas, areas
 from jvjepa.attention import Backend, check_backend
 from jvjepa.config import EncoderConfig
 from jvjepa.errors import InputError
@@ -23,6 +24,7 @@ from jvjepa.layers import (
     Dense,
     LayerNorm,
     LevelNorms,
+    Remat,
     RopeTables,
     StreamPlan,
     make_blocks,
@@ -62,6 +64,7 @@ class Encoder(nn.Module):
         scan: run stacked blocks as one loop, which compiles once for all layers. False runs blocks
             of their own one after the other, which compiles longer and on a CPU runs faster: a
             loop there copies the weights of each layer out of the stack.
+        remat: what training computes anew instead of keeping it, see `jvjepa.layers.make_blocks`.
     """
 
     config: EncoderConfig
@@ -69,6 +72,7 @@ class Encoder(nn.Module):
     param_dtype: DType = jnp.float32
     attention: Backend = "auto"
     scan: bool = True
+    remat: Remat = "none"
 
     def setup(self) -> None:
         """Declares the parts."""
@@ -81,7 +85,9 @@ class Encoder(nn.Module):
             self.image_embed = self.param("image_embed", modality_init, shape, self.param_dtype)
             self.video_embed = self.param("video_embed", modality_init, shape, self.param_dtype)
         self.blocks = make_blocks(
-            config.block, config.num_layers, dtypes, self.attention, scan=self.scan
+            *(config.block, config.num_layers, dtypes, self.attention),
+            scan=self.scan,
+            remat=self.remat,
         )
         if config.levels:
             self.norms = LevelNorms(len(config.levels), config.layer_norm_eps, *dtypes)
@@ -141,8 +147,9 @@ class Encoder(nn.Module):
         Returns:
             As a call.
         """
-        x, tables, mask = self._prepare(patches, grid, keep, valid, window)
-        return self._last_norm(run_blocks(self.blocks, x, tables, mask))
+        x, context = self._prepare(patches, grid, keep, valid, window)
+        x = run_blocks(self.blocks, x, *context, self._in_areas)
+        return self._last_norm(x if context.areas is None else context.areas.restore(x))
 
     def levels(
         self,
@@ -177,8 +184,7 @@ class Encoder(nn.Module):
             right = f"ascending, and among those with a norm, {list(with_norm)}"
             raise InputError(f"layers = {layers}; they must be {right}")
         patches, grid = self.embed_patches(video), token_grid(video, self.config)
-        x, tables, mask = self._prepare(patches, grid, keep, valid, window)
-        _, kept = self._collect(x, tables, mask, layers)
+        _, _, kept = self._collect(*self._prepare(patches, grid, keep, valid, window), layers)
         if not self.config.levels:
             return self.norm(kept)
         levels = [self.config.levels.index(layer) for layer in layers]
@@ -204,9 +210,9 @@ class Encoder(nn.Module):
             Tokens and layers; `layers[-1]` is not normed, as in Hugging Face's `hidden_states`.
         """
         patches, grid = self.embed_patches(video), token_grid(video, self.config)
-        x, tables, mask = self._prepare(patches, grid, keep, valid, window)
-        last, kept = self._collect(x, tables, mask, range(self.config.num_layers))
-        return LayerOutputs(self._last_norm(last), jnp.concatenate([x[None], kept]))
+        prepared = self._prepare(patches, grid, keep, valid, window)
+        first, last, kept = self._collect(*prepared, range(self.config.num_layers))
+        return LayerOutputs(self._last_norm(last), jnp.concatenate([first[None], kept]))
 
     def embed_patches(self, video: Array) -> Array:
         """Cuts a clip into patches and embeds each: [B, T, H, W, 3] to [B, N, D].
@@ -242,10 +248,13 @@ class Encoder(nn.Module):
         carry = (x, cache)
         layers = jnp.arange(self.config.num_layers)
         if self.scan:
-            carry, _ = self.blocks.stream(carry, layers, plan)
+            flags = None if self._in_areas is None else jnp.asarray(self._in_areas)
+            carry, _ = self.blocks.stream(carry, (layers, flags), plan)
         else:
-            for layer, block in enumerate(self.blocks):
-                carry, _ = block.stream(carry, layers[layer], plan)
+            full = plan._replace(areas=None)
+            for i, block in enumerate(self.blocks):
+                has_areas = self._in_areas is not None and self._in_areas[i]
+                carry, _ = block.stream(carry, (layers[i], None), plan if has_areas else full)
         x, cache = carry
         return self._last_norm(x), cache
 
@@ -254,22 +263,41 @@ class Encoder(nn.Module):
             return self.norms(x, len(self.config.levels) - 1)
         return self.norm(x)
 
+    @property
+    def _in_areas(self) -> list[bool] | None:
+        """For each layer, whether its attention is over areas; None where no layer's is."""
+        if not self.config.has_areas:
+            return None
+        return [layer in range(*self.config.area_layers) for layer in range(self.config.num_layers)]
+
     def _collect(
-        self, x: Array, tables: RopeTables, mask: Array | None, layers: Sequence[int]
-    ) -> tuple[Array, Array]:
-        """Runs all blocks; returns what the last gives, and what `layers` give, [n, B, N, D]."""
+        self, x: Array, context: "_Context", layers: Sequence[int]
+    ) -> tuple[Array, Array, Array]:
+        """Runs all blocks; returns x, what the last block gives, and what `layers` give.
+
+        All are [B, N, D], the last is [n, B, N, D], and their tokens are where they were.
+        """
+        in_areas = self._in_areas
         if not self.scan:
-            outputs = []
-            for block in self.blocks:
-                x, _ = block(x, tables, mask)
-                outputs.append(x)
-            return x, jnp.stack([outputs[layer] for layer in layers])
-        # Every layer writes into the place of the next one that is wanted; the wanted one is the
-        # last to do so. Layers after the last wanted one write into a place that is cut off.
-        slots = [bisect.bisect_left(layers, i) for i in range(self.config.num_layers)]
-        buffer = jnp.zeros((max(slots) + 1, *x.shape), x.dtype)
-        (x, buffer), _ = self.blocks.collect((x, buffer), jnp.asarray(slots), tables, mask)
-        return x, buffer[: len(layers)]
+            outputs = [x]
+            for i, block in enumerate(self.blocks):
+                has_areas = in_areas is not None and in_areas[i]
+                its = context if has_areas else context._replace(areas=None)
+                outputs.append(block(outputs[-1], None, *its)[0])
+            last, kept = outputs[-1], jnp.stack([outputs[layer + 1] for layer in layers])
+        else:
+            # Every layer writes into the place of the next one that is wanted; the wanted one is
+            # the last to do so. Layers after the last wanted one write into a place that is cut
+            # off.
+            slots = [bisect.bisect_left(layers, i) for i in range(self.config.num_layers)]
+            buffer = jnp.zeros((max(slots) + 1, *x.shape), x.dtype)
+            flags = None if in_areas is None else jnp.asarray(in_areas)
+            scanned = (jnp.asarray(slots), flags)
+            (last, buffer), _ = self.blocks.collect((x, buffer), scanned, *context)
+            kept = buffer[: len(layers)]
+        if context.areas is None:
+            return x, last, kept
+        return tuple(context.areas.restore(tokens) for tokens in (x, last, kept))
 
     def _prepare(
         self,
@@ -278,20 +306,36 @@ class Encoder(nn.Module):
         keep: Array | None,
         valid: Array | None,
         window: int | None,
-    ) -> tuple[Array, RopeTables, Array | None]:
+    ) -> tuple[Array, "_Context"]:
+        """The tokens that the blocks take, in the order of the areas where there are any."""
+        rows, columns = grid
         ids = jnp.arange(x.shape[1])[None]  # [1, N]
+        tubelets = x.shape[1] // (rows * columns)
         if keep is not None:
             x, ids = gather(x, keep, valid, name="keep"), jnp.asarray(keep)
         elif valid is not None:
             raise InputError("valid is given without keep, whose padding it marks")
-        rows, columns = grid
+        cut = areas(self.config, (tubelets, rows, columns), keep, valid)
+        mask = None if valid is None else jnp.asarray(valid)
+        if cut is not None:
+            x, ids = cut.sort(x), cut.sort(ids)
+            mask = None if mask is None else cut.sort(mask)
         places = rope.positions(ids, rope.layout(self.config, rows, columns))
         tables = rope.tables(places, self.config.head_width, self.config.rope)
-        mask = None if valid is None else jnp.asarray(valid)[:, None, None, :]
+        mask = None if mask is None else mask[:, None, None, :]
         if window is not None:
             band = banded_causal_mask(ids // (rows * columns), window)
             mask = band if mask is None else band & mask
-        return x, RopeTables(*tables), mask
+        cut = None if cut is None else cut.under(mask)
+        return x, _Context(RopeTables(*tables), mask, cut)
+
+
+class _Context(NamedTuple):
+    """What every block takes besides its input."""
+
+    tables: RopeTables
+    mask: Array | None
+    areas: Areas | None
 
 
 def concatenate_levels(levels: Array) -> Array:
@@ -311,14 +355,16 @@ def forward_flops(config: EncoderConfig, queries: int, keys: int) -> int:
     Args:
         config: the encoder's.
         queries: tokens that are encoded.
-        keys: tokens that each of them sees.
+        keys: tokens that each of them sees; in layers with areas it sees an even share of them.
 
     Returns:
         Operations; a multiplication and its addition are two.
     """
-    width = config.hidden_size
-    layer = 4 * width**2 + 2 * width * config.mlp_dim + 2 * keys * width
-    return 2 * queries * (config.patch_dim * width + config.num_layers * layer)
+    width, with_areas = config.hidden_size, config.area_layers[1] - config.area_layers[0]
+    areas = config.area_temporal_splits * config.area_spatial_splits
+    seen = (config.num_layers - with_areas) * keys + with_areas * keys // areas
+    layers = config.num_layers * (4 * width**2 + 2 * width * config.mlp_dim) + 2 * seen * width
+    return 2 * queries * (config.patch_dim * width + layers)
 
 
 def banded_causal_mask(tubelets: Array, window: int) -> Array:

@@ -30,7 +30,7 @@ from jvjepa.preprocessing import preprocess
 from jvjepa.recording import check_output, named, save_npz
 from jvjepa.storage import new_file
 from jvjepa.typing import Array, Params
-from jvjepa.weights import Model, load
+from jvjepa.weights import Model
 
 if TYPE_CHECKING:
     from jvjepa import cli
@@ -166,7 +166,7 @@ def _to_bytes(scores: NDArray[np.float64]) -> NDArray[np.uint8]:
 def features_command(options: "cli.Features", console: Console) -> int:
     """`jvjepa features`."""
     _check_outputs(options)
-    model = load(options.model, dtype=options.dtype, attention=options.attention)
+    model = options.load()
     clip = read_clip(
         model.config,
         options.source,

@@ -9,7 +9,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jvjepa.attention import Backend, attention, check_backend
-from jvjepa.config import BlockConfig, ClassifierConfig, EncoderConfig, ModelConfig
+from jvjepa.config import (
+    AnticipatorConfig,
+    BlockConfig,
+    ClassifierConfig,
+    EncoderConfig,
+    ModelConfig,
+)
 from jvjepa.errors import InputError
 from jvjepa.layers import MLP, Dense, LayerNorm, kernel_init, make_blocks, run_blocks
 from jvjepa.typing import Array, DType
@@ -63,7 +69,7 @@ class CrossBlock(nn.Module):
 
 
 class Pooler(nn.Module):
-    """Self-attention blocks over the tokens, without positions, then a learned query over them.
+    """Self-attention blocks over the tokens, without positions, then learned queries over them.
 
     Args:
         config: gives its depth, heads and epsilon.
@@ -72,14 +78,16 @@ class Pooler(nn.Module):
         param_dtype: as in `Classifier`.
         attention: as in `Classifier`.
         scan: as in `Classifier`.
+        num_queries: n.
     """
 
-    config: ClassifierConfig
+    config: ClassifierConfig | AnticipatorConfig
     width: int
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
     attention: Backend = "auto"
     scan: bool = True
+    num_queries: int = 1
 
     def setup(self) -> None:
         """Declares the parts."""
@@ -92,7 +100,7 @@ class Pooler(nn.Module):
             layer_norm_eps=self.config.layer_norm_eps,
         )
         self.query_tokens = self.param(
-            "query_tokens", kernel_init, (1, self.width), self.param_dtype
+            "query_tokens", kernel_init, (self.num_queries, self.width), self.param_dtype
         )
         self.blocks = make_blocks(
             block, self.config.num_layers, dtypes, self.attention, scan=self.scan
@@ -100,16 +108,16 @@ class Pooler(nn.Module):
         self.cross_attention = CrossBlock(block, *dtypes, self.attention)
 
     def __call__(self, tokens: Array) -> Array:
-        """Pools [B, N, D] to [B, D]; see `Classifier.pool`."""
+        """Pools [B, N, D] to [B, n, D]; see `Classifier.pool`."""
         shape = tuple(tokens.shape)
         if len(shape) != 3 or 0 in shape or shape[-1] != self.width:
             raise InputError(f"tokens have shape {shape}; they must be [B, N, D = {self.width}]")
         if not jnp.issubdtype(tokens.dtype, jnp.floating):
             raise InputError(f"tokens are {tokens.dtype}; they must be float, as the encoder's are")
         tokens = run_blocks(self.blocks, jnp.asarray(tokens, self.dtype), None, None)
-        query = self.query_tokens.astype(self.dtype)[None]
-        query = jnp.broadcast_to(query, (shape[0], *query.shape[1:]))  # [B, 1, D]
-        return self.cross_attention(query, tokens)[:, 0]
+        queries = self.query_tokens.astype(self.dtype)[None]
+        queries = jnp.broadcast_to(queries, (shape[0], *queries.shape[1:]))  # [B, n, D]
+        return self.cross_attention(queries, tokens)
 
 
 class Classifier(nn.Module):
@@ -157,7 +165,7 @@ class Classifier(nn.Module):
         Raises:
             InputError: the shape or dtype of `tokens` cannot be right.
         """
-        return self.linear(self.pooler(tokens))
+        return self.linear(self.pool(tokens))
 
     def pool(self, tokens: Array) -> Array:
         """Pools tokens into one vector, which the linear classifier takes.
@@ -171,4 +179,4 @@ class Classifier(nn.Module):
         Raises:
             InputError: as a call.
         """
-        return self.pooler(tokens)
+        return self.pooler(tokens)[:, 0]

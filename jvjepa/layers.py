@@ -1,14 +1,17 @@
 """The pieces of a transformer block."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jvjepa import rope
+from jvjepa.area import Areas, RowAreas
 from jvjepa.attention import Backend, attention
 from jvjepa.config import BlockConfig
+from jvjepa.errors import ConfigError
 from jvjepa.typing import Array, DType
 
 _MLP_BLOCK = 1024  # tokens
@@ -132,12 +135,14 @@ class StreamPlan(NamedTuple):
         sees: bool [B, 1, 1, W·S], the cached tokens that each stream may see.
         query_rope: tables of the new tubelet, [B, S, K].
         key_rope: tables of the ring, [B, W·S, K].
+        areas: of the layers that have areas.
     """
 
     slot: Array
     sees: Array
     query_rope: RopeTables
     key_rope: RopeTables
+    areas: RowAreas | None
 
 
 class SelfAttention(nn.Module):
@@ -162,22 +167,61 @@ class SelfAttention(nn.Module):
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_width)
 
-    def __call__(self, x: Array, tables: RopeTables | None, mask: Array | None) -> Array:
-        """Attends within x: [B, N, D] to [B, N, D]."""
+    def __call__(
+        self,
+        x: Array,
+        tables: RopeTables | None,
+        mask: Array | None,
+        areas: Areas | None,
+        in_areas: Array | None,
+    ) -> Array:
+        """Attends within x, [B, N, D] to [B, N, D]; over areas if `in_areas` is None or True."""
         q, k, v = (self._heads(part(x)) for part in (self.query, self.key, self.value))
         if tables is not None:
             q, k = rope.rotate(q, *tables), rope.rotate(k, *tables)
-        out = attention(q, k, v, mask=mask, backend=self.backend)
+
+        def over_all(q: Array, k: Array, v: Array) -> Array:
+            return attention(q, k, v, mask=mask, backend=self.backend)
+
+        def over_areas(q: Array, k: Array, v: Array) -> Array:
+            return areas.attend(q, k, v, self.backend)
+
+        out = _attend(areas, in_areas, over_areas, over_all, q, k, v)
         return self.proj(out.reshape(x.shape))
 
-    def stream(self, x: Array, cache: Cache, layer: Array, plan: StreamPlan) -> tuple[Array, Cache]:
+    def stream(
+        self, x: Array, cache: Cache, layer: Array, plan: StreamPlan, in_areas: Array | None
+    ) -> tuple[Array, Cache]:
         """Writes x [B, S, D] into the ring of `layer` and attends over that ring."""
         q = rope.rotate(self._heads(self.query(x)), *plan.query_rope)
         keys = _write(cache.keys, self._heads(self.key(x)), layer, plan.slot)
         values = _write(cache.values, self._heads(self.value(x)), layer, plan.slot)
         k = rope.rotate(_window(keys, layer), *plan.key_rope)
-        out = attention(q, k, _window(values, layer), mask=plan.sees, backend=self.backend)
+
+        def over_all(q: Array, k: Array, v: Array) -> Array:
+            return attention(q, k, v, mask=plan.sees, backend=self.backend)
+
+        def over_areas(q: Array, k: Array, v: Array) -> Array:
+            return plan.areas.attend(q, k, v, plan.sees, self.backend)
+
+        v = _window(values, layer)
+        out = _attend(plan.areas, in_areas, over_areas, over_all, q, k, v)
         return self.proj(out.reshape(x.shape)), Cache(keys, values)
+
+
+def _attend(
+    areas: Areas | RowAreas | None,
+    in_areas: Array | None,
+    over_areas: Callable[..., Array],
+    over_all: Callable[..., Array],
+    *qkv: Array,
+) -> Array:
+    """Over areas or over all; a loop over layers decides when it runs, by a traced `in_areas`."""
+    if areas is None:
+        return over_all(*qkv)
+    if in_areas is None:
+        return over_areas(*qkv)
+    return jax.lax.cond(in_areas, over_areas, over_all, *qkv)
 
 
 def _write(ring: Array, new: Array, layer: Array, slot: Array) -> Array:
@@ -237,32 +281,52 @@ class Block(nn.Module):
         self.mlp = MLP(self.config, *dtypes)
 
     def __call__(
-        self, x: Array, tables: RopeTables | None, mask: Array | None
+        self,
+        x: Array,
+        in_areas: Array | None,
+        tables: RopeTables | None,
+        mask: Array | None,
+        areas: Areas | None,
     ) -> tuple[Array, None]:
-        """One layer over [B, N, D]."""
-        x = x + self.attention(self.norm1(x), tables, mask)
+        """One layer over [B, N, D]; with areas if `in_areas` is None or True."""
+        x = x + self.attention(self.norm1(x), tables, mask, areas, in_areas)
         return x + self.mlp(self.norm2(x)), None
 
     def collect(
-        self, carry: tuple[Array, Array], slot: Array, tables: RopeTables, mask: Array | None
+        self,
+        carry: tuple[Array, Array],
+        layer: tuple[Array, Array],
+        tables: RopeTables,
+        mask: Array | None,
+        areas: Areas | None,
     ) -> tuple[tuple[Array, Array], None]:
-        """As a call, and writes the output into place `slot` of a buffer [n, B, N, D]."""
+        """As a call with layer = (slot, in_areas); puts the output into `slot` of [n, B, N, D]."""
         x, kept = carry
-        x, _ = self(x, tables, mask)
+        slot, in_areas = layer
+        x, _ = self(x, in_areas, tables, mask, areas)
         return (x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, axis=0)), None
 
     def stream(
-        self, carry: tuple[Array, Cache], layer: Array, plan: StreamPlan
+        self, carry: tuple[Array, Cache], layer: tuple[Array, Array], plan: StreamPlan
     ) -> tuple[tuple[Array, Cache], None]:
-        """One layer of a streaming step: x [B, S, D] against the cache of this layer."""
+        """One layer, (index, in_areas), of a step: x [B, S, D] against the cache of this layer."""
         x, cache = carry
-        out, cache = self.attention.stream(self.norm1(x), cache, layer, plan)
+        out, cache = self.attention.stream(self.norm1(x), cache, layer[0], plan, layer[1])
         x = x + out
         return (x + self.mlp(self.norm2(x)), cache), None
 
 
+Remat = Literal["none", "block", "products"]
+
+
 def make_blocks(
-    config: BlockConfig, length: int, dtypes: tuple[DType, DType], backend: Backend, *, scan: bool
+    config: BlockConfig,
+    length: int,
+    dtypes: tuple[DType, DType],
+    backend: Backend,
+    *,
+    scan: bool,
+    remat: Remat = "none",
 ) -> Block | list[Block]:
     """Makes the blocks of one part of a model; to be assigned in a module's `setup`.
 
@@ -272,27 +336,60 @@ def make_blocks(
         dtypes: of the computation, and of the parameters.
         backend: the attention backend.
         scan: one loop over parameters stacked [length, ...] in all forms of `Block`, or a list.
+        remat: what the gradient keeps of a call: "none" computes nothing anew; "block" keeps the
+            input of each block and computes the rest anew; "products" keeps the results of the
+            matrix products with weights and computes norms, GELU and attention anew.
 
     Returns:
         The loop or the list; `run_blocks` takes both.
+
+    Raises:
+        ConfigError: `remat` is unknown.
     """
+    if remat not in get_args(Remat):
+        raise ConfigError(f"remat = {remat!r}; it must be one of {get_args(Remat)}")
     part = (config, *dtypes, backend)
+    kind = Block
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = policy if remat == "products" else None
+        # In a loop nothing could be found to be computed twice anyway.
+        how = {"policy": policy, "prevent_cse": not scan}
+        kind = nn.remat(Block, methods=["__call__", "collect"], **how)
     if not scan:
-        return [Block(*part) for _ in range(length)]
+        return [kind(*part) for _ in range(length)]
     stacked = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": length}
-    over_tokens = {**stacked, "in_axes": nn.broadcast}
-    collecting = {**stacked, "in_axes": (0, nn.broadcast, nn.broadcast)}
+    over_tokens = {**stacked, "in_axes": (0, *[nn.broadcast] * 3)}
     streaming = {**stacked, "in_axes": (0, nn.broadcast)}
-    methods = {"__call__": over_tokens, "collect": collecting, "stream": streaming}
-    return nn.scan(Block, methods=methods)(*part)
+    methods = {"__call__": over_tokens, "collect": over_tokens, "stream": streaming}
+    return nn.scan(kind, methods=methods)(*part)
 
 
 def run_blocks(
-    blocks: Block | list[Block], x: Array, tables: RopeTables | None, mask: Array | None
+    blocks: Block | list[Block],
+    x: Array,
+    tables: RopeTables | None,
+    mask: Array | None,
+    areas: Areas | None = None,
+    in_areas: Sequence[bool] | None = None,
 ) -> Array:
-    """Runs all blocks of `make_blocks` on x: [B, N, D] to [B, N, D]."""
+    """Runs all blocks of `make_blocks`.
+
+    Args:
+        blocks: the loop or the list.
+        x: [B, N, D].
+        tables: rotary positions; None means none.
+        mask: what may be seen, as `jvjepa.attention.attention` takes it.
+        areas: areas of the clip, in whose order x, tables and mask are.
+        in_areas: for each block, whether its attention is over areas; None means that none is.
+
+    Returns:
+        [B, N, D].
+    """
     if not isinstance(blocks, list | tuple):
-        return blocks(x, tables, mask)[0]
-    for block in blocks:
-        x, _ = block(x, tables, mask)
+        flags = None if in_areas is None else jnp.asarray(in_areas)
+        return blocks(x, flags, tables, mask, areas)[0]
+    for i, block in enumerate(blocks):
+        has_areas = in_areas is not None and in_areas[i]
+        x, _ = block(x, None, tables, mask, areas if has_areas else None)
     return x

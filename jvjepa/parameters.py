@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from jvjepa.config import (
     ActionPredictorConfig,
+    AnticipatorConfig,
     ClassifierConfig,
     EncoderConfig,
     ModelConfig,
@@ -55,6 +56,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         parts["predictor"] = _predictor(config.predictor, config.encoder)
     if config.classifier is not None:
         parts["classifier"] = _classifier(config.classifier, config.encoder.hidden_size)
+    if config.anticipator is not None:
+        parts["anticipator"] = _anticipator(config.anticipator, config.encoder.hidden_size)
     if config.action_predictor is not None:
         width = config.encoder.hidden_size
         parts["action_predictor"] = _action_predictor(config.action_predictor, width)
@@ -92,6 +95,17 @@ def _predictor(config: PredictorConfig, encoder: EncoderConfig) -> dict[str, Any
 
 
 def _classifier(config: ClassifierConfig, width: int) -> dict[str, Any]:
+    return {"pooler": _pooler(config, width, 1), "linear": _dense(width, len(config.labels))}
+
+
+def _anticipator(config: AnticipatorConfig, width: int) -> dict[str, Any]:
+    heads = {name: _dense(width, len(getattr(config, name))) for name in config.heads}
+    return {"pooler": _pooler(config, width, len(heads)), **heads}
+
+
+def _pooler(
+    config: ClassifierConfig | AnticipatorConfig, width: int, num_queries: int
+) -> dict[str, Any]:
     mlp_dim = 4 * width  # whatever the encoder's ratio is
     cross: dict[str, Any] = {
         "norm1": _norm(width),
@@ -99,12 +113,11 @@ def _classifier(config: ClassifierConfig, width: int) -> dict[str, Any]:
         "norm2": _norm(width),
         "mlp": {"fc1": _dense(width, mlp_dim), "fc2": _dense(mlp_dim, width)},
     }
-    pooler = {
-        "query_tokens": (1, width),
+    return {
+        "query_tokens": (num_queries, width),
         "blocks": _blocks(config.num_layers, width, mlp_dim),
         "cross_attention": cross,
     }
-    return {"pooler": pooler, "linear": _dense(width, len(config.labels))}
 
 
 def _action_predictor(config: ActionPredictorConfig, width: int) -> dict[str, Any]:
@@ -120,7 +133,7 @@ def _action_predictor(config: ActionPredictorConfig, width: int) -> dict[str, An
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Counts the parameters of each part: encoder, predictor, classifier, action_predictor."""
+    """Counts the parameters of each part that there is: encoder, predictor, classifier, .."""
     counts: dict[str, int] = {}
     for name, shape in parameter_shapes(config).items():
         part = name.split("/")[0]

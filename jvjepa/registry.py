@@ -49,7 +49,9 @@ class Probe:
         source: the URL of its file.
         licence: of the weights, as far as known.
         encoder: the name of the release that it was trained on.
-        num_classes: its classes; the file does not name them.
+        num_classes: its classes, of actions where it anticipates; the file does not name them.
+        verbs: of a probe that anticipates actions, the classes of verbs; 0 of a classifier.
+        nouns: likewise, the classes of nouns.
         layers: the encoder's layers that it sees, as in `ClassifierConfig`.
         frames: frames of a clip.
         clips: clips of a video whose tokens it sees together.
@@ -64,6 +66,8 @@ class Probe:
     frames: int
     clips: int
     views: int
+    verbs: int = 0
+    nouns: int = 0
 
 
 _VIT_B = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
@@ -222,6 +226,7 @@ RELEASES: dict[str, Release] = dict(
 def _probe(
     file: str, encoder: str, num_classes: int, frames: int, clips: int, *layers: int
 ) -> tuple[str, Probe]:
+    """A classifier."""
     name = file.removesuffix(".pt")
     return name, Probe(
         source=f"{_FILES}/evals/{file}",
@@ -235,6 +240,12 @@ def _probe(
     )
 
 
+def _anticipator(file: str, encoder: str) -> tuple[str, Probe]:
+    """A probe that was trained on EPIC-KITCHENS-100; others report these numbers of its classes."""
+    name, probe = _probe(file, encoder, 3568, 32, 1)
+    return name, dataclasses.replace(probe, views=1, verbs=97, nouns=289)
+
+
 _DIVING_L, _DIVING_G = (17, 19, 21, 23), (24, 29, 34, 39)
 
 PROBES: dict[str, Probe] = dict(
@@ -243,6 +254,8 @@ PROBES: dict[str, Probe] = dict(
         _probe("ssv2-vitg-384-64x2x3.pt", "vjepa2_vit_giant_384", 174, 64, 2),
         _probe("diving48-vitl-256.pt", "vjepa2_vit_large", 48, 32, 4, *_DIVING_L),
         _probe("diving48-vitg-384-32x4x3.pt", "vjepa2_vit_giant_384", 48, 32, 4, *_DIVING_G),
+        _anticipator("ek100-vitl-256.pt", "vjepa2_vit_large"),
+        _anticipator("ek100-vitg-384.pt", "vjepa2_vit_giant_384"),
     ]
 )
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvjepa import rope
+from jvjepa.area import row_areas
 from jvjepa.config import EncoderConfig
 from jvjepa.encoder import Encoder, check_video, token_grid
 from jvjepa.errors import ConfigError, InputError
@@ -72,7 +73,7 @@ def init_state(
         The state, 2·L·B·W·S·D values in the encoder's dtype and little more.
 
     Raises:
-        InputError: a number is impossible.
+        InputError: a number is impossible, or the encoder has areas over time.
         ConfigError: the encoder takes positions from its config and the video has another grid.
     """
     config = encoder.config
@@ -82,6 +83,7 @@ def init_state(
     sides = [config.crop_size if side is None else side for side in (height, width)]
     clip = jax.ShapeDtypeStruct((batch_size, config.tubelet_size, *sides, 3), jnp.float32)
     rows, columns = _grid(clip, config)
+    row_areas(config, (rows, columns))  # may raise
     shape = (config.num_layers, batch_size, window, rows * columns)
     shape = (*shape, config.num_heads, config.head_width)
     return StreamState(
@@ -298,6 +300,7 @@ def _plan(
         sees=sees[:, None, None],
         query_rope=tables(newest[:, None]),
         key_rope=tables(newest[:, None] - age),
+        areas=row_areas(config, grid),
     )
 
 

@@ -16,6 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 
 from jvjepa.action import ActionPredictor
+from jvjepa.anticipation import Anticipator
+from jvjepa.area import AreaOptions
 from jvjepa.attention import Backend, check_backend
 from jvjepa.config import ModelConfig
 from jvjepa.encoder import Encoder
@@ -48,7 +50,7 @@ class Source:
         preprocessor: the source's own preprocessing configuration, word for word, or None.
         keys: of a `.pt` file: under which key each part was found.
         dropped: of a `.pt` file: tensors that were left out, each with the reason.
-        probe: where the classifier came from, if it was attached later.
+        probe: where the classifier or the anticipator came from, if it was attached later.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Model:
         encoder: the module to apply to `params["encoder"]`.
         predictor: the module to apply to `params["predictor"]`, or None.
         classifier: the module to apply to `params["classifier"]`, or None.
+        anticipator: the module to apply to `params["anticipator"]`, or None.
         action_predictor: the module to apply to `params["action_predictor"]`, or None.
         params: nested dictionaries of arrays, one for each part that the checkpoint has.
         source: where the weights came from, or None.
@@ -86,6 +89,7 @@ class Model:
     encoder: Encoder
     predictor: Predictor | None = None
     classifier: Classifier | None = None
+    anticipator: Anticipator | None = None
     action_predictor: ActionPredictor | None = None
     params: Params
     source: Source | None
@@ -243,6 +247,7 @@ def load(
     dtype: str | None = None,
     attention: Backend = "auto",
     scan: bool = True,
+    areas: AreaOptions | None = None,
 ) -> Model:
     """Loads a converted checkpoint; needs neither torch nor a network.
 
@@ -251,18 +256,22 @@ def load(
         dtype: of the computation, "float32" or "bfloat16"; None takes that of the stored weights.
         attention: the attention backend, see `jvjepa.attention.resolve`.
         scan: whether the blocks of each part are stacked, see `Encoder`; False is faster on a CPU.
+        areas: area attention for the encoder; None takes what is stored, which is full attention
+            unless it was asked for at conversion.
 
     Returns:
         The model, its parameters on JAX's default device.
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint.
-        ConfigError: `dtype` or `attention` is unknown.
+        ConfigError: `dtype` or `attention` is unknown, or the encoder has no such layers.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
     check_backend(attention)
     config, source = read_record(folder)
+    if areas is not None:
+        config = dataclasses.replace(config, encoder=areas.of(config.encoder))
     path = Path(folder) / WEIGHTS_FILE
     params: dict[tuple[str, ...], jax.Array] = {}
     with open_safetensors(path) as file:
@@ -281,6 +290,7 @@ def load(
         encoder=Encoder(config.encoder, *dtypes, attention, scan),
         predictor=make(Predictor, config.predictor),
         classifier=make(Classifier, config.classifier),
+        anticipator=make(Anticipator, config.anticipator),
         action_predictor=make(ActionPredictor, config.action_predictor),
         params=unflatten_dict(params),
         source=source,

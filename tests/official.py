@@ -116,6 +116,16 @@ def predictor(theirs: Weights) -> Params:
 
 
 def classifier(theirs: Weights) -> Params:
+    return stack_layers({"pooler": _pooler(theirs), "linear": _dense(theirs, "linear")})
+
+
+def anticipator(theirs: Weights) -> Params:
+    kinds = [kind for kind in ("verb", "noun", "action") if f"{kind}_classifier.weight" in theirs]
+    heads = {f"{kind}s": _dense(theirs, f"{kind}_classifier") for kind in kinds}
+    return stack_layers({"pooler": _pooler(theirs), **heads})
+
+
+def _pooler(theirs: Weights) -> Params:
     cross = "pooler.cross_attention_block"
     kv = {key: np.split(x, 2, axis=-1) for key, x in _dense(theirs, f"{cross}.xattn.kv").items()}
     attention = {
@@ -123,12 +133,11 @@ def classifier(theirs: Weights) -> Params:
         "key": {key: halves[0] for key, halves in kv.items()},
         "value": {key: halves[1] for key, halves in kv.items()},
     }
-    pooler = {
+    return {
         "query_tokens": theirs["pooler.query_tokens"][0],
         **_blocks(theirs, "pooler.blocks"),
         "cross_attention": {**_block(theirs, cross), "attention": attention},
     }
-    return stack_layers({"pooler": pooler, "linear": _dense(theirs, "linear")})
 
 
 def action_predictor(theirs: Weights) -> Params:

@@ -1,112 +1,377 @@
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import relative_error
 
-from jvjepa.attention import attention, resolve
+from jvjepa import attention as backends
+from jvjepa.attention import attention, available, check_cudnn, check_platform, resolve
+from jvjepa.cli import main
 from jvjepa.encoder import banded_causal_mask
 from jvjepa.errors import ConfigError, InputError
 
 BACKENDS = ["xla", "chunked"]  # cudnn needs a GPU
+MASKS = ["none", "banded", "areas", "padding", "heads", "blind"]
+BATCH, HEADS = 2, 3
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_QUERY_BLOCK", 7)
 
 
 def _inputs(queries: int, keys: int, width: int = 24, dtype: str = "float32") -> list[jax.Array]:
     rng = np.random.default_rng(0)
-    shapes = [(2, n, 3, width) for n in (queries, keys, keys)]
+    shapes = [(BATCH, n, HEADS, width) for n in (queries, keys, keys)]
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: np.ndarray | None) -> np.ndarray:
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+def _mask(name: str, queries: int, keys: int) -> np.ndarray | None:
+    """Bool [B or 1, 1 or H, 1 or N, M] of every form that the models use."""
+    rng = np.random.default_rng(1)
+    row, column = np.arange(queries)[:, None], np.arange(keys)[None]
+    match name:
+        case "none":
+            return None
+        case "banded":  # tubelets of 4 tokens see themselves and two before
+            behind = row // 4 - column // 4
+            return ((behind >= 0) & (behind < 3) | (column == 0))[None, None]
+        case "areas":
+            return (row * 5 // queries == column * 5 // keys)[None, None]
+        case "padding":
+            return (column < np.asarray([[keys], [max(1, keys // 3)]])).reshape(BATCH, 1, 1, keys)
+        case "heads":
+            return (rng.random((1, HEADS, queries, keys)) < 0.5) | (column == 0)
+        case "blind":  # some queries of some heads, and one whole head, see nothing
+            mask = rng.random((BATCH, HEADS, queries, keys)) < 0.5
+            mask[0, 1, queries // 2] = False
+            mask[1, 2] = False
+            return mask
+    raise AssertionError(name)
+
+
+def _weights(q: np.ndarray, k: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     scores = np.einsum("bnhk,bmhk->bhnm", q, k) / np.sqrt(q.shape[-1])
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     if mask is not None:
         weights = weights * mask
     total = weights.sum(-1, keepdims=True)
-    return np.einsum("bhnm,bmhk->bnhk", weights / np.where(total == 0, 1, total), v)
+    return weights / np.where(total == 0, 1, total)
 
 
-def _masks(queries: int, keys: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(1)
-    dense = rng.random((2, 3, queries, keys)) < 0.5
-    dense[0, 1, 2] = False  # a query that sees nothing
-    per_key = rng.random((2, 1, 1, keys)) < 0.5
-    nothing = per_key.copy()
-    nothing[1] = False
-    return {"dense": dense, "shared": dense[:1, :1], "keys": per_key, "nothing": nothing}
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: np.ndarray | None) -> np.ndarray:
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    return np.einsum("bhnm,bmhk->bnhk", _weights(q, k, mask), v)
+
+
+def _reference_gradients(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: np.ndarray | None, cotangent: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
+    weights = _weights(q, k, mask)
+    upstream = np.einsum("bnhk,bmhk->bhnm", g, v)
+    scores = weights * (upstream - (upstream * weights).sum(-1, keepdims=True))
+    scores /= np.sqrt(q.shape[-1])
+    return (
+        np.einsum("bhnm,bmhk->bnhk", scores, k),
+        np.einsum("bhnm,bnhk->bmhk", scores, q),
+        np.einsum("bhnm,bnhk->bmhk", weights, g),
+    )
+
+
+def _run(backend: str, arrays: list[jax.Array], mask: np.ndarray | None) -> jax.Array:
+    call = jax.jit(lambda arrays, mask: attention(*arrays, mask=mask, backend=backend))
+    return call(arrays, None if mask is None else jnp.asarray(mask))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [(5, 5), (256, 300), (300, 7), (513, 513)])
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 2), (511, 511), (513, 513), (5, 600)])
 def test_every_length(backend: str, sizes: tuple[int, int]) -> None:
-    q, k, v = _inputs(*sizes)
-    out = attention(q, k, v, backend=backend)
-    assert relative_error(out, _reference(q, k, v, None)) <= 1e-6 * 2
+    arrays = _inputs(*sizes)
+    assert relative_error(_run(backend, arrays, None), _reference(*arrays, None)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["none", "areas"])
+def test_the_clip_of_1152_tokens(name: str) -> None:
+    arrays, mask = _inputs(1152, 1152, width=16), _mask(name, 1152, 1152)
+    assert relative_error(_run("chunked", arrays, mask), _reference(*arrays, mask)) <= 1e-6
+
+
+@pytest.mark.parametrize("queries", [1, 7, 8, 15, 29, 30])
+@pytest.mark.usefixtures("small_blocks")
+def test_every_length_in_blocks(queries: int) -> None:
+    # a mask with rows of its own for each query, and last blocks that do not come out even
+    arrays, mask = _inputs(queries, 9), _mask("blind", queries, 9)
+    assert relative_error(_run("chunked", arrays, mask), _reference(*arrays, mask)) <= 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["dense", "shared", "keys", "nothing"])
-@pytest.mark.parametrize("sizes", [(6, 9), (300, 40)])
-def test_every_mask(backend: str, name: str, sizes: tuple[int, int]) -> None:
-    q, k, v = _inputs(*sizes)
-    mask = _masks(*sizes)[name]
-    out = attention(q, k, v, mask=jnp.asarray(mask), backend=backend)
-    assert relative_error(out, _reference(q, k, v, mask)) <= 1e-6 * 2
-    if name == "dense":
-        assert (out[0, 2, 1] == 0).all()
-    if name == "nothing":
-        assert (out[1] == 0).all()
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.usefixtures("small_blocks")
+def test_every_mask_with_gradients(backend: str, name: str) -> None:
+    arrays, mask = _inputs(18, 40), _mask(name, 18, 40)
+    cotangent = np.random.default_rng(2).normal(size=arrays[0].shape).astype(np.float32)
+
+    @jax.jit
+    def run(arrays: list[jax.Array], mask: jax.Array | None) -> tuple[jax.Array, list[jax.Array]]:
+        call = functools.partial(attention, mask=mask, backend=backend)
+        out, pull = jax.vjp(call, *arrays)
+        return out, pull(cotangent)
+
+    out, gradients = run(arrays, None if mask is None else jnp.asarray(mask))
+    assert relative_error(out, _reference(*arrays, mask)) <= 1e-6
+    expected = _reference_gradients(*arrays, mask, cotangent)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert relative_error(ours, theirs) <= 1e-6
+    if name == "blind":  # what sees nothing
+        assert (out[0, 9, 1] == 0).all()
+        assert (gradients[0][0, 9, 1] == 0).all()
+        assert all((x[1, :, 2] == 0).all() for x in (out, *gradients))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_auto_is_the_pick() -> None:
+    def program(backend: str) -> str:
+        call = functools.partial(attention, mask=jnp.ones((1, 1, 1, 40), bool), backend=backend)
+        return str(jax.make_jaxpr(call)(*_inputs(18, 40)))
+
+    assert program("auto") == program("chunked") != program("xla")
+
+
+@pytest.mark.parametrize(
+    ("queries", "block"),
+    [(1, 1), (511, 511), (512, 512), (513, 257), (1152, 384), (2048, 512), (18432, 512)],
+)
+def test_blocks_are_even(queries: int, block: int) -> None:
+    q = jax.ShapeDtypeStruct((1, queries, 2, 8), jnp.float32)
+    k = jax.ShapeDtypeStruct((1, 11, 2, 8), jnp.float32)
+    program = str(jax.make_jaxpr(lambda q, k: attention(q, k, k, backend="chunked"))(q, k))
+    assert f"f32[{block},11]" in program
+    padded = -(-queries // 512) * 512
+    assert padded == queries or f"[{padded}," not in program
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_keys_do_not_touch_the_result(backend: str) -> None:
-    q, k, v = _inputs(6, 9)
-    mask = jnp.arange(9).reshape(1, 1, 1, 9) < 5
-    out = attention(q, k, v, mask=mask, backend=backend)
-    other = attention(q, k.at[:, 5:].set(50.0), v.at[:, 5:].set(-3.0), mask=mask, backend=backend)
-    assert np.array_equal(out, other)
-
-
-@pytest.mark.parametrize("name", [None, "dense", "keys", "nothing"])
-def test_gradients_agree(name: str | None) -> None:
-    q, k, v = _inputs(300, 40)
-    mask = None if name is None else jnp.asarray(_masks(300, 40)[name])
-    weight = jnp.asarray(np.random.default_rng(2).normal(size=q.shape), jnp.float32)
-
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array, backend: str) -> jax.Array:
-        return jnp.sum(attention(q, k, v, mask=mask, backend=backend) * weight)
-
-    chunked, xla = (
-        jax.grad(loss, argnums=(0, 1, 2))(q, k, v, backend) for backend in ("chunked", "xla")
-    )
-    for a, b in zip(chunked, xla, strict=True):
-        assert np.isfinite(a).all()
-        assert relative_error(a, b) <= 1e-5
+    (q, k, v), mask = _inputs(6, 9), np.arange(9).reshape(1, 1, 1, 9) < 5
+    changed = [q, k.at[:, 5:].set(50.0), v.at[:, 5:].set(-3.0)]
+    assert np.array_equal(_run(backend, [q, k, v], mask), _run(backend, changed, mask))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_stays_bfloat16(backend: str) -> None:
-    q, k, v = _inputs(30, 40, dtype="bfloat16")
-    out = attention(q, k, v, mask=jnp.asarray(_masks(30, 40)["keys"]), backend=backend)
+def test_large_scores_do_not_overflow(backend: str) -> None:
+    q, k, v = _inputs(6, 9)
+    arrays = [100 * q, 100 * k, v]  # scores of 1e5, whose float32 steps are 8e-3
+    assert relative_error(_run(backend, arrays, None), _reference(*arrays, None)) <= 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("small_blocks")
+def test_bfloat16(backend: str) -> None:
+    arrays, mask = _inputs(18, 40, dtype="bfloat16"), _mask("blind", 18, 40)
+    cotangent = jnp.asarray(np.random.default_rng(2).normal(size=arrays[0].shape), "bfloat16")
+
+    @jax.jit
+    def run(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        call = functools.partial(attention, mask=jnp.asarray(mask), backend=backend)
+        out, pull = jax.vjp(call, *arrays)
+        return out, pull(cotangent)
+
+    # the gradient of JAX's function mixes dtypes
+    with jax.numpy_dtype_promotion("standard" if backend == "xla" else "strict"):
+        out, gradients = run(*arrays)
     assert out.dtype == jnp.bfloat16
-    # 8 bits of mantissa: half a unit in the last place is 2e-3
-    assert relative_error(out, _reference(q, k, v, _masks(30, 40)["keys"])) <= 1e-2
+    step = 2.0**-8  # the weights and the result are rounded to 8 bits, each by half a step
+    assert relative_error(out, _reference(*arrays, mask)) <= step
+    expected = _reference_gradients(*arrays, mask, cotangent)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert relative_error(ours, theirs) <= 2 * step
 
 
-def test_chunked_never_makes_the_whole_score_matrix() -> None:
-    shape = jax.ShapeDtypeStruct((1, 4096, 2, 32), jnp.float32)
-    compiled = jax.jit(lambda q, k, v: attention(q, k, v, backend="chunked"))
-    memory = compiled.lower(shape, shape, shape).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4096 * 4096 * 4 / 2  # half of one head's scores
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("small_blocks")
+def test_compiles_once(backend: str, compilations: Callable[[], int]) -> None:
+    (q, k, v), mask = _inputs(18, 40), jnp.asarray(_mask("padding", 18, 40))
+    function = jax.jit(lambda q, k, v, mask: attention(q, k, v, mask=mask, backend=backend))
+    others = (q + 1, k - 1, 2 * v, ~mask)
+    before = compilations()
+    function(q, k, v, mask).block_until_ready()
+    between = compilations()
+    function(*others).block_until_ready()
+    assert between > before
+    assert compilations() == between
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("small_blocks")
+def test_under_vmap(backend: str) -> None:
+    q, k, v = (jnp.stack([x, 2 * x, x - 1]) for x in _inputs(18, 40))
+    masks = jnp.asarray(np.random.default_rng(3).random((3, 1, 1, 18, 40)) < 0.7)
+
+    def call(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        return attention(q, k, v, mask=mask, backend=backend)
+
+    @jax.jit
+    def run() -> tuple[jax.Array, jax.Array]:
+        over_queries = jax.vmap(call, in_axes=(0, None, None, None))
+        return jax.vmap(call)(q, k, v, masks), over_queries(q, k[0], v[0], masks[0])
+
+    out, shared = run()
+    for i in range(3):
+        expected = _reference(q[i], k[i], v[i], np.asarray(masks[i]))
+        assert relative_error(out[i], expected) <= 1e-6
+        expected = _reference(q[i], k[0], v[0], np.asarray(masks[0]))
+        assert relative_error(shared[i], expected) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("small_blocks")
+def test_inside_scan_with_gradients(backend: str) -> None:
+    q, k, v = _inputs(18, 40)
+    mask = _mask("padding", 18, 40)
+
+    def layers(q: jax.Array, shifts: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, None]:
+            x = x + shift
+            return x + attention(x, k, v, mask=jnp.asarray(mask), backend=backend), None
+
+        return jax.lax.scan(layer, q, shifts)[0]
+
+    shifts = jnp.asarray([0.0, 0.5, -0.25])
+    inputs, x = [], np.asarray(q, np.float64)
+    for shift in (0.0, 0.5, -0.25):
+        inputs.append(x + shift)
+        x = inputs[-1] + _reference(inputs[-1], k, v, mask)
+
+    @jax.jit
+    def run(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out, pull = jax.vjp(lambda q: layers(q, shifts), q)
+        return out, pull(jnp.ones_like(out))[0]
+
+    out, gradient = run(q)
+    assert relative_error(out, x) <= 2e-6
+    cotangent = np.ones(q.shape)
+    for x in reversed(inputs):
+        cotangent = cotangent + _reference_gradients(x, k, v, mask, cotangent)[0]
+    assert relative_error(gradient, cotangent) <= 5e-6
+
+
+def _temporary_bytes(tokens: int, *, gradient: bool, mask: tuple[int, ...] | None) -> int:
+    """What `chunked` needs besides its arguments and results, for two heads of 32."""
+    array = jax.ShapeDtypeStruct((1, tokens, 2, 32), jnp.float32)
+    seen = None if mask is None else jax.ShapeDtypeStruct(mask, jnp.bool_)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        return jnp.sum(attention(q, k, v, mask=mask, backend="chunked"))
+
+    function = jax.grad(run, argnums=(0, 1, 2)) if gradient else run
+    compiled = jax.jit(function).lower(array, array, array, seen).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_memory_grows_linearly(gradient: bool) -> None:
+    small, large = 2045, 4093  # in blocks of 512, the last of which overlaps
+    masked = {n: _temporary_bytes(n, gradient=gradient, mask=(1, 2, n, n)) for n in (small, large)}
+    assert masked[large] <= 2.1 * masked[small]  # with N² it would be 4
+    assert masked[large] < large * large * 4  # the scores of one head of the two
+    plain = _temporary_bytes(large, gradient=gradient, mask=None)
+    assert masked[large] - plain < large * large / 2  # the mask of one head has N² bytes
 
 
 def test_the_pick_is_written_down() -> None:
     small = (1, 16, 256, 256)
     assert resolve("auto", small) == "chunked"  # these tests run on a CPU
     assert resolve("xla", small) == "xla"
-    with pytest.raises(ConfigError, match="attention = 'flash'"):
-        resolve("flash", small)
+    assert resolve("chunked", small) == "chunked"
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_the_pick_on_an_accelerator(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert resolve("auto", (1, 16, 4096, 4096)) == "xla"  # 1 GiB of scores
+    assert resolve("auto", (1, 16, 4096, 4097)) == "chunked"
+    if platform == "gpu":
+        assert resolve("cudnn", (1, 16, 4096, 4096)) == "cudnn"
+
+
+def test_backends_of_a_platform() -> None:
+    assert available("gpu") == ("auto", "xla", "chunked", "cudnn")
+    assert available("cpu") == available("tpu") == ("auto", "xla", "chunked")
+    check_platform("cudnn", "gpu")
+    with pytest.raises(ConfigError, match="'cudnn' needs an NVIDIA GPU; on tpu there are auto, x"):
+        check_platform("cudnn", "tpu")
+
+
+def test_a_backend_that_is_not_here_says_so() -> None:
+    message = "attention = 'cudnn' needs an NVIDIA GPU; on cpu there are auto, xla, chunked"
+    with pytest.raises(ConfigError, match=message):
+        attention(*_inputs(3, 3, dtype="bfloat16"), backend="cudnn")
+    with pytest.raises(ConfigError, match=r"attention = 'flash'; it must be one of .'auto', 'xla'"):
+        attention(*_inputs(3, 3), backend="flash")
+
+
+def test_what_cudnn_takes() -> None:
+    for width in (8, 64, 80, 128):
+        check_cudnn("bfloat16", width)
+        check_cudnn(jnp.float16, width)
+    with pytest.raises(ConfigError, match="in bfloat16 or float16, and the model in float32"):
+        check_cudnn("float32", 64)
+    for width in (4, 20, 136):
+        with pytest.raises(
+            ConfigError, match=f"multiple of 8 .* up to 128, and these have {width}"
+        ):
+            check_cudnn(jnp.bfloat16, width)
+
+
+def test_cudnn_checks_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ConfigError, match="and the model in float32"):
+        attention(*_inputs(3, 3), backend="cudnn")
+    with pytest.raises(ConfigError, match="these have 20"):
+        attention(*_inputs(3, 3, width=20, dtype="float16"), backend="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": (2, 5, 3, 8)}, r"k \(2, 5, 3, 8\), v \(2, 9, 3, 8\); they must be"),
+        ({"q": (1, 6, 3, 8)}, r"q \(1, 6, 3, 8\)"),
+        ({"q": (2, 6, 1, 8)}, r"q \(2, 6, 1, 8\)"),
+        ({"q": (2, 6, 3, 4)}, r"q \(2, 6, 3, 4\)"),
+        ({"q": (6, 3, 8)}, r"q \(6, 3, 8\)"),
+        ({"q": (2, 0, 3, 8)}, "nothing to attend to"),
+        ({"k": (2, 0, 3, 8), "v": (2, 0, 3, 8)}, "nothing to attend to"),
+        ({"mask": (6, 9)}, r"mask is bool \(6, 9\); it must be bool \[2 or 1, 1 or 3, 1 or 6, 9\]"),
+        ({"mask": (3, 1, 6, 9)}, r"mask is bool \(3, 1, 6, 9\)"),
+        ({"mask": (2, 2, 6, 9)}, r"mask is bool \(2, 2, 6, 9\)"),
+        ({"mask": (2, 1, 5, 9)}, r"mask is bool \(2, 1, 5, 9\)"),
+        ({"mask": (2, 1, 6, 1)}, r"mask is bool \(2, 1, 6, 1\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(changes: dict[str, tuple[int, ...]], message: str) -> None:
+    shapes = {"q": (2, 6, 3, 8), "k": (2, 9, 3, 8), "v": (2, 9, 3, 8), **changes}
+    mask = jnp.ones(shapes.pop("mask"), bool) if "mask" in shapes else None
+    with pytest.raises(InputError, match=message):
+        attention(*(jnp.zeros(shape) for shape in shapes.values()), mask=mask)
+
+
+def test_dtypes_that_do_not_fit() -> None:
+    q, k, v = _inputs(6, 9)
+    with pytest.raises(InputError, match="q is float32, k bfloat16, v float32; they must have"):
+        attention(q, k.astype(jnp.bfloat16), v)
+    with pytest.raises(InputError, match="mask is float32"):
+        attention(q, k, v, mask=jnp.ones((1, 1, 1, 9)))
+
+
+def test_info_names_the_pick(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "vjepa2-vitl-fpc64-256"]) == 0
+    expected = "attention: auto takes chunked on cpu for a clip of 8,192 tokens; there is also xla"
+    assert expected in capsys.readouterr().out.splitlines()
 
 
 def test_banded_causal_mask() -> None:

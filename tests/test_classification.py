@@ -18,7 +18,7 @@ from rich.console import Console
 from videofiles import decode_all, moving_frames, serve, write_video
 
 import jvjepa
-from jvjepa import Encoder, Model, ModelConfig, classification, video
+from jvjepa import Encoder, Model, ModelConfig, classification, cli, video
 from jvjepa.classification import Classification, classify, classify_command
 from jvjepa.config import ClassifierConfig, EncoderConfig
 from jvjepa.errors import InputError, VideoError
@@ -405,22 +405,9 @@ def test_top_sorts_and_keeps_the_order_of_ties() -> None:
             found.top(k)
 
 
-@dataclasses.dataclass
-class Options:
+def options_of(model: Path, source: Path, **given: Any) -> cli.Classify:
     """What the command line gives the command."""
-
-    model: Path
-    video: str
-    top: int = 5
-    clips: int = 1
-    views: int = 1
-    num_frames: int | None = None
-    frame_step: int | None = None
-    combine: str = "tokens"
-    json: Path | None = None
-    force: bool = False
-    dtype: str | None = None
-    attention: str = "auto"
+    return cli.Classify(model=model, video=str(source), **given)
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +417,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(options: Options, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def command(options: cli.Classify, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Runs it as the command line does; returns the lines that it prints."""
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     capsys.readouterr()
@@ -442,7 +429,7 @@ def test_command(
     folder: Path, wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "found.json"
-    options = Options(folder, str(wide), clips=3, views=3, frame_step=STEP, top=3, json=out)
+    options = options_of(folder, wide, clips=3, views=3, frame_step=STEP, top=3, json=out)
     lines = command(options, capsys)
 
     found = classify(tiny_model(), wide, clips=3, views=3, frame_step=STEP)
@@ -467,7 +454,7 @@ def test_command(
 def test_command_shows_all_labels_where_there_are_fewer(
     folder: Path, wide: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = command(Options(folder, str(wide), top=99, frame_step=STEP), capsys)
+    lines = command(options_of(folder, wide, top=99, frame_step=STEP), capsys)
     assert sorted(line[9:] for line in lines[:-1]) == sorted(LABELS)
     assert "1 x 1 (clips x views) of 4 frames" in lines[-1]
 
@@ -477,7 +464,7 @@ def test_command_replaces_a_file_only_if_told(
 ) -> None:
     out = tmp_path / "found.json"
     out.write_text("mine")
-    options = Options(folder, str(wide), frame_step=STEP, json=out)
+    options = options_of(folder, wide, frame_step=STEP, json=out)
     with pytest.raises(InputError, match=r"found\.json exists; .* pass --force"):
         command(options, capsys)
     assert out.read_text() == "mine"
@@ -493,6 +480,6 @@ def test_command_says_what_is_wrong_before_it_loads_a_model(
     jvjepa.save(tmp_path / "bare", model_of(ModelConfig(encoder=tiny_model().config.encoder)))
     (tmp_path / "bare" / "model.safetensors").unlink()
     with pytest.raises(InputError, match=f"bare {NO_CLASSIFIER}"):
-        command(Options(tmp_path / "bare", str(wide)), capsys)
+        command(options_of(tmp_path / "bare", wide), capsys)
     with pytest.raises(InputError, match="top = 0; it must be 1 or more"):
-        command(Options(tmp_path / "bare", str(wide), top=0), capsys)
+        command(options_of(tmp_path / "bare", wide, top=0), capsys)

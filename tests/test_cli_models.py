@@ -60,7 +60,7 @@ def test_a_probe_is_attached_and_verified(
     assert run("convert", GOLDEN / "vjepa2_tiny.pt", encoder, *SIZES) == 0
     attach = ("convert", "--probe", probe, "--encoder", encoder, "--labels", labels)
     assert run(*attach, "--probe-heads", "2", out) == 0
-    assert "classifier attached:" in capfd.readouterr().out
+    assert "probe attached:" in capfd.readouterr().out
     assert run("verify", out, GOLDEN / "vjepa2_tiny.pt", "--probe", probe) == 0
     assert "ok   classifier, weights" in capfd.readouterr().out
     assert "--probe" in refused(capfd, "verify", out, GOLDEN / "vjepa2_tiny.pt")

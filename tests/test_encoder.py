@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from models import random_video, relative_error, tiny_model
+from models import random_video, relative_error, tiny_config, tiny_model
 
 import jvjepa
 from jvjepa import Encoder, Model
 from jvjepa.convert import convert
-from jvjepa.errors import InputError
+from jvjepa.errors import ConfigError, InputError
 from jvjepa.parameters import unstack_layers
 
 MODULE = 1e-5  # these encoders are small enough for the tolerance of one module
@@ -126,6 +126,35 @@ def test_scanned_and_unrolled_layers_agree() -> None:
         assert jax.tree.structure(a) == jax.tree.structure(b)
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             assert relative_error(x, y) <= 1e-6
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_computing_anew_saves_memory_and_changes_no_gradient(scan: bool) -> None:
+    encoder, params = tiny_model(num_layers=4)
+    params = params if scan else unstack_layers(params)
+    video = random_video(1, 4, 64, 64)
+
+    def gradient(remat: str) -> tuple[dict, int]:
+        model = Encoder(encoder.config, scan=scan, remat=remat)
+        loss = jax.grad(lambda p: jnp.sum(model.apply({"params": p}, video) ** 3))
+        program = jax.jit(loss).lower(params).compile()
+        return program(params), program.memory_analysis().temp_size_in_bytes
+
+    expected, most = gradient("none")
+    sizes = []
+    for remat in ("block", "products"):
+        found, size = gradient(remat)
+        sizes.append(size)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert relative_error(x, y) <= 1e-5
+    if scan:  # without a loop XLA decides itself what to compute anew
+        assert sizes[0] < sizes[1] < most
+
+
+def test_an_unknown_remat_is_refused() -> None:
+    encoder = Encoder(tiny_config(), remat="all")
+    with pytest.raises(ConfigError, match=r"remat = 'all'; it must be one of \('none', 'block'"):
+        encoder.init(jax.random.key(0), random_video(1, 2, 32, 32))
 
 
 @pytest.mark.parametrize("attention", ["xla", "chunked"])

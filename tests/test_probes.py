@@ -1,22 +1,33 @@
 """Meta's probes: what they are, what they fit, and the names of their classes."""
 
 import dataclasses
+import random
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import official
 import pytest
 import torch
+from anticipators import EPIC_NAMES, write_epic
 from commandline import refused, run
 
-from jvjepa.config import ClassifierConfig
-from jvjepa.convert import Hints, attach_probe, convert, read_labels
-from jvjepa.convert.architecture import infer_probe
+from jvjepa.config import AnticipatorConfig, ClassifierConfig
+from jvjepa.convert import (
+    ActionLabels,
+    Hints,
+    attach_probe,
+    convert,
+    read_epic_labels,
+    read_labels,
+)
+from jvjepa.convert.architecture import infer_anticipator, infer_probe
 from jvjepa.convert.meta import meta_entries
 from jvjepa.convert.tables import expected_shapes
 from jvjepa.errors import InputError
-from jvjepa.registry import PROBES, RELEASES
+from jvjepa.registry import PROBES, RELEASES, Probe
 from jvjepa.weights import read_record
 
 TINY, PROBE = (official.GOLDEN / f"vjepa2_tiny{name}.pt" for name in ("", "_probe"))
@@ -58,9 +69,8 @@ def test_probes_that_do_not_fit(made: Path, tmp_path: Path) -> None:
     content["classifiers"] = [content["classifiers"][0] | wide]
     torch.save(content, tmp_path / "wide.pt")
     refuse(r"query_tokens has shape \[1, 1, 48\]", probe=tmp_path / "wide.pt")
-    content["classifiers"] = [{"module.verb_classifier.weight": torch.ones(3, 32)}]
-    torch.save(content, tmp_path / "ek100.pt")
-    refuse("action anticipation", probe=tmp_path / "ek100.pt")
+    names = ActionLabels(actions=LABELS)
+    refuse("is a classifier; its labels are names, not verbs and nouns", labels=names)
 
 
 def test_a_probe_that_sees_several_layers(made: Path, tmp_path: Path) -> None:
@@ -74,6 +84,9 @@ def test_a_probe_that_sees_several_layers(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PROBES)
 def test_every_released_probe_is_known_by_its_name(name: str) -> None:
     released = PROBES[name]
+    if released.verbs:
+        check_anticipator(released)
+        return
     labels = tuple(map(str, range(released.num_classes)))
     classifier = ClassifierConfig(
         labels=labels,
@@ -92,6 +105,30 @@ def test_every_released_probe_is_known_by_its_name(name: str) -> None:
     assert said == dataclasses.replace(classifier, **changes)
     mine = infer_probe(Path("mine.pt"), shapes, labels, **unsaid)
     assert mine == dataclasses.replace(classifier, layers=(), frames_per_clip=None)
+
+
+def check_anticipator(released: Probe) -> None:
+    def names(count: int) -> tuple[str, ...]:
+        return tuple(map(str, range(count)))
+
+    counts = (released.num_classes, released.verbs, released.nouns)
+    labels = ActionLabels(
+        **dict(zip(("actions", "verbs", "nouns"), map(names, counts), strict=True))
+    )
+    right = AnticipatorConfig(**dataclasses.asdict(labels))
+    assert (right.num_heads, right.layer_norm_eps, right.num_layers) == (16, 1e-5, 3)
+    assert (right.frames_per_clip, right.frames_per_second) == (released.frames, 8) == (32, 8)
+    config = dataclasses.replace(RELEASES[released.encoder].config, anticipator=right)
+    wanted = [entry for entry in meta_entries(config) if entry.part == "anticipator"]
+    shapes, path = expected_shapes(wanted), Path(released.source.rpartition("/")[2])
+    assert len(shapes) == 55  # tensors of the released file, as others report
+    assert infer_anticipator(path, shapes, labels, heads=None, frames=None) == right
+    said = infer_anticipator(path, shapes, labels, heads=8, frames=16)
+    assert said == dataclasses.replace(right, num_heads=8, frames_per_clip=16)
+    few = dataclasses.replace(labels, nouns=labels.nouns[1:])
+    message = "97 verbs, 289 nouns, 3568 actions, and there are labels for 97 verbs, 288 nouns"
+    with pytest.raises(InputError, match=message):
+        infer_anticipator(path, shapes, few, heads=None, frames=None)
 
 
 def test_the_frames_of_a_probe_are_its_own(
@@ -131,3 +168,114 @@ def test_labels(tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(InputError, match=message):
             read_labels(tmp_path / "bad.json")
+
+
+# --- Labels of actions --------------------------------------------------------------------------
+
+
+def pair_hash(pair: tuple[int, int]) -> int:
+    """CPython's hash of a pair of small numbers from 3.8 on, as an unsigned number."""
+    word, total = 2**64 - 1, 2870177450012600261
+    for number in pair:
+        total = total + number * 14029467366897019727 & word
+        total = (total << 31 | total >> 33) * 11400714785074694791 & word
+    return total + (2 ^ 2870177450012600261 ^ 3527539) & word
+
+
+def set_order(keys: list[Any], hashes: list[int]) -> list[Any]:
+    """The order in which CPython iterates over a set into which these were put."""
+    table: list[tuple[Any, int] | None] = [None] * 8
+
+    def put(key: Any, code: int) -> bool:
+        mask, perturb, start = len(table) - 1, code, code & len(table) - 1
+        while True:
+            for i in range(start, start + (10 if start + 9 <= mask else 1)):
+                if table[i] is None:
+                    table[i] = (key, code)
+                    return True
+                if table[i][0] == key:
+                    return False
+            perturb >>= 5
+            start = start * 5 + 1 + perturb & mask
+
+    used = 0
+    for key, code in zip(keys, hashes, strict=True):
+        used += put(key, code)
+        if used * 5 >= (len(table) - 1) * 3:
+            old, size = table, 8
+            while size <= used * 4:
+                size *= 2
+            table = [None] * size
+            for entry in filter(None, old):
+                put(*entry)
+    return [entry[0] for entry in table if entry is not None]
+
+
+@pytest.mark.parametrize(
+    ("count", "verbs", "nouns"), [(7, 4, 5), (2000, 97, 300), (60_000, 40, 90)]
+)
+def test_epic_classes_are_in_the_order_of_sets(
+    tmp_path: Path, count: int, verbs: int, nouns: int
+) -> None:
+    rng = random.Random(count)
+    pairs = [(int(rng.triangular(0, verbs, 0)), rng.randrange(nouns)) for _ in range(count)]
+    found = read_epic_labels(write_epic(tmp_path, pairs))
+    actions = set_order(pairs, [pair_hash(pair) for pair in pairs])
+    assert found.actions == tuple(f"verb {verb} noun {noun}" for verb, noun in actions)
+    assert list(found.actions) != sorted(found.actions)
+    for i, (kind, names) in enumerate({"verb": found.verbs, "noun": found.nouns}.items()):
+        numbers = [pair[i] for pair in actions]
+        assert names == tuple(f"{kind} {number}" for number in set_order(numbers, numbers))
+
+
+def test_epic_classes_have_names_if_they_are_there(tmp_path: Path) -> None:
+    pairs = [(0, 0), (3, 1), (0, 12), (0, 0)]
+    path = write_epic(tmp_path, pairs, names=True)
+    found = read_labels(path)
+    assert found == read_epic_labels(path, *(tmp_path / name for name in EPIC_NAMES))
+    assert set(found.actions) == {"take tap", "wash pan", "take oven:door"}
+    assert (set(found.verbs), set(found.nouns)) == ({"take", "wash"}, {"tap", "pan", "oven:door"})
+    (tmp_path / "EPIC_100_noun_classes.csv").unlink()
+    assert read_labels(path).verbs == found.verbs
+    assert set(read_labels(path).nouns) == {"noun 0", "noun 1", "noun 12"}
+
+
+def test_action_labels_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "labels.json"
+    path.write_text('{"verbs": ["a", "b"], "nouns": ["c"], "actions": [[1, 0], [0, 0]]}')
+    assert read_labels(path) == ActionLabels(verbs=("a", "b"), nouns=("c",), actions=("b c", "a c"))
+    path.write_text('{"actions": ["boil an egg"]}')
+    assert read_labels(path) == ActionLabels(actions=("boil an egg",))
+    for text, message in (
+        ('{"verbs": ["a"], "nouns": ["c"], "actions": [[1, 0]]}', r"has the action \[1, 0\]; it"),
+        ('{"verbs": ["a"], "nouns": ["c"], "actions": [[0, -1]]}', r"the action \[0, -1\]"),
+        ('{"verbs": ["a"], "nouns": ["c"], "actions": [[0]]}', r"the action \[0\]; it must be"),
+        ('{"verbs": ["a"], "nouns": ["c"], "actions": [[0, true]]}', r"the action \[0, True\]"),
+        ('{"verbs": ["a"], "nouns": ["c"], "actions": [[0, 0], "x"]}', "names of the classes"),
+        ('{"verbs": [1], "nouns": ["c"], "actions": [[0, 0]]}', "names of the classes"),
+        ('{"actions": ["a"], "noun": ["c"]}', r"has \['noun'\]; it may have verbs, nouns and act"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_labels(path)
+
+
+def test_annotations_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "train.csv"
+    for text, message in (
+        ("verb,noun_class\n1,2\n", "has no column verb_class; it has verb, noun_class"),
+        ("", "has no column verb_class and noun_class; it has none"),
+        ("verb_class,noun_class\n", "holds no rows"),
+        ("verb_class,noun_class\n1,2\n1,x\n", "line 3: noun_class is 'x'; it must be a whole"),
+        ("verb_class,noun_class\n1.0,2\n", "line 2: verb_class is '1.0'"),
+        ("noun_class,verb_class\n1\n", "line 2: verb_class is None"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_labels(path)
+    write_epic(tmp_path, [(0, 0), (4, 0)], names=True)
+    with pytest.raises(InputError, match=r"verb_classes.csv has no key for the verb classes \[4\]"):
+        read_labels(tmp_path / "EPIC_100_train.csv")
+    monkeypatch.setattr(sys, "implementation", types.SimpleNamespace(name="pypy"))
+    with pytest.raises(InputError, match="is that of sets in CPython of 64 bits"):
+        read_epic_labels(path)
