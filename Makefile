@@ -37,11 +37,9 @@ wheel: $(READY)
 	assert 'build/installed' in jvjepa.convert.__file__, jvjepa.convert.__file__; \
 	print('installed copy:', jvjepa.__version__, jvjepa.__file__)"
 
-bench: $(READY) .venv-saccadic/bin/python
-	$(BIN)/python benchmarks/cpu.py --saccadic-python .venv-saccadic/bin/python
-
-.venv-saccadic/bin/python:
-	$(PYTHON) benchmarks/peers/make_env.py .venv-saccadic
+# Half an hour on two idle cores; the table is written to benchmarks/results.
+bench: $(READY)
+	$(BIN)/python benchmarks/speed.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -115,11 +115,14 @@ class Running:
     """Area attention, SPATIALxTEMPORAL splits as 2x2; by default what was stored at conversion."""
     area_layers: str | None = None
     """START:END of the layers that have it, as 0:18; by default the first three quarters."""
+    lora: Path | None = None
+    """LoRA adapters to merge into the weights."""
 
     def load(self) -> Model:
         """Loads the model of a command."""
         areas = parse_areas(self.area, self.area_layers)
-        return load(self.model, dtype=self.dtype, attention=self.attention, areas=areas)
+        how = {"dtype": self.dtype, "attention": self.attention}
+        return load(self.model, **how, areas=areas, lora=self.lora)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -314,6 +317,48 @@ class Info:
     """List every parameter."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraMerge:
+    """Add LoRA adapters to the weights that they were trained on: MODEL ADAPTER OUT."""
+
+    model: _Positional[Path]
+    """A converted folder."""
+    adapter: _Positional[Path]
+    """The adapters' folder."""
+    out: _Positional[Path]
+    """The converted folder to make."""
+    force: bool = False
+    """Replace OUT."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraExportPeft:
+    """Turn LoRA adapters into those of Hugging Face's peft library: MODEL ADAPTER OUT."""
+
+    model: _Positional[Path]
+    """The converted folder that they were trained on."""
+    adapter: _Positional[Path]
+    """The adapters' folder."""
+    out: _Positional[Path]
+    """The folder to make."""
+    force: bool = False
+    """Replace OUT."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraInfo:
+    """Show what LoRA adapters there are, and for which weights."""
+
+    adapter: _Positional[Path]
+    """The adapters' folder."""
+
+
+_Lora = (
+    Annotated[LoraMerge, tyro.conf.subcommand("merge")]
+    | Annotated[LoraExportPeft, tyro.conf.subcommand("export-peft")]
+    | Annotated[LoraInfo, tyro.conf.subcommand("info")]
+)
+
 _Command = (
     Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
@@ -327,6 +372,9 @@ _Command = (
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[
+        _Lora, tyro.conf.subcommand("lora", description="LoRA adapters: merge, export, show.")
+    ]
 )
 
 
@@ -344,7 +392,7 @@ def run(command: object, console: Console) -> int:
         InputError: bad input.
         OSError: a file cannot be read or written.
     """
-    from jvjepa import commands  # here, because it imports this module
+    from jvjepa import adapters, commands  # here, because they import this module
     from jvjepa.features import features_command
     from jvjepa.forecasting import anticipate_command
 
@@ -362,6 +410,9 @@ def run(command: object, console: Console) -> int:
         "Calibrate": commands.calibrate,
         "Demo": commands.demo,
         "Info": commands.info,
+        "LoraMerge": adapters.merge_command,
+        "LoraExportPeft": adapters.export_peft_command,
+        "LoraInfo": adapters.info_command,
     }[name]
     return action(command, console)
 

@@ -20,7 +20,10 @@ kernel_init = nn.initializers.truncated_normal(stddev=0.02)
 
 
 class Dense(nn.Module):
-    """x @ kernel + bias.
+    """x @ kernel + bias; with an adapter, + scale · (x @ a) @ b.
+
+    The adapter is what the collection "lora" holds, see `jvjepa.lora`. With an rng "dropout", and
+    where the adapter has a rate, its input is dropped out.
 
     Args:
         features: output channels.
@@ -38,8 +41,20 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
-        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (self.features,))
+        x = x.astype(self.dtype)
+        y = jnp.matmul(x, kernel.astype(self.dtype))
+        y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (self.features,))
+        return y + self._adapt(x) if self.has_variable("lora", "a") else y
+
+    def _adapt(self, x: Array) -> Array:
+        a, b, scale = (
+            self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b", "scale")
+        )
+        if self.has_variable("lora", "dropout") and self.has_rng("dropout"):
+            keep = 1 - self.get_variable("lora", "dropout")
+            kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+            x = jnp.where(kept, x / keep.astype(self.dtype), jnp.zeros((), self.dtype))
+        return jnp.matmul(jnp.matmul(x, a) * jax.lax.stop_gradient(scale), b)
 
 
 def normalize(x: Array, epsilon: float) -> Array:
@@ -358,7 +373,11 @@ def make_blocks(
         kind = nn.remat(Block, methods=["__call__", "collect"], **how)
     if not scan:
         return [kind(*part) for _ in range(length)]
-    stacked = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": length}
+    stacked = {
+        "variable_axes": {"params": 0, "lora": 0},
+        "split_rngs": {"params": True, "dropout": True},
+        "length": length,
+    }
     over_tokens = {**stacked, "in_axes": (0, *[nn.broadcast] * 3)}
     streaming = {**stacked, "in_axes": (0, nn.broadcast)}
     methods = {"__call__": over_tokens, "collect": over_tokens, "stream": streaming}

@@ -124,11 +124,18 @@ def _config_2_1(size: dict[str, int], *, teacher: int | None) -> ModelConfig:
 
 # What `benchmarks/conversion.py NAME --verify` found, see `Release.parity`.
 _PARITY = {
+    "vjepa2-vitl-fpc64-256": 1.5e-6,
     "vjepa2-vith-fpc64-256": 1.4e-6,
+    "vjepa2-vitg-fpc64-256": 1.4e-6,
+    "vjepa2-vitg-fpc64-384": 1.4e-6,
     "vjepa2-vitl-fpc16-256-ssv2": 1.5e-6,
     "vjepa2-vitg-fpc64-384-ssv2": 1.4e-6,
+    "vjepa2-vitl-fpc32-256-diving48": 1.5e-6,
+    "vjepa2-vitg-fpc32-384-diving48": 1.4e-6,
     "vjepa2_vit_large": 1.5e-6,
+    "vjepa2_vit_huge": 1.5e-6,
     "vjepa2_vit_giant": 1.4e-6,
+    "vjepa2_vit_giant_384": 1.4e-6,
     "vjepa2_ac_vit_giant": 1.4e-6,
     "vjepa2_1_vit_base_384": 1.4e-6,
     "vjepa2_1_vit_large_384": 1.5e-6,

@@ -51,6 +51,7 @@ class Source:
         keys: of a `.pt` file: under which key each part was found.
         dropped: of a `.pt` file: tensors that were left out, each with the reason.
         probe: where the classifier or the anticipator came from, if it was attached later.
+        lora: of adapters that were merged into the weights: name and sha256 of their file.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Source:
     keys: dict[str, str] = dataclasses.field(default_factory=dict)
     dropped: dict[str, str] = dataclasses.field(default_factory=dict)
     probe: "Source | None" = None
+    lora: dict[str, str] | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Source":
@@ -248,6 +250,7 @@ def load(
     attention: Backend = "auto",
     scan: bool = True,
     areas: AreaOptions | None = None,
+    lora: str | Path | None = None,
 ) -> Model:
     """Loads a converted checkpoint; needs neither torch nor a network.
 
@@ -258,12 +261,14 @@ def load(
         scan: whether the blocks of each part are stacked, see `Encoder`; False is faster on a CPU.
         areas: area attention for the encoder; None takes what is stored, which is full attention
             unless it was asked for at conversion.
+        lora: adapters to merge into the parameters, see `jvjepa.adapters`; `load_adapters` there
+            reads them without merging.
 
     Returns:
         The model, its parameters on JAX's default device.
 
     Raises:
-        CheckpointError: the folder is not a whole checkpoint.
+        CheckpointError: the folder is not a whole checkpoint, or `lora` no whole adapters for it.
         ConfigError: `dtype` or `attention` is unknown, or the encoder has no such layers.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -280,6 +285,12 @@ def load(
             tree = unflatten_dict({tuple(name.split("/")): file.get_tensor(name)})
             leaves = flatten_dict(tree if scan else unstack_layers(tree))
             params |= {place: jnp.asarray(leaf) for place, leaf in leaves.items()}
+    merged = unflatten_dict(params)
+    if lora is not None:
+        from jvjepa.adapters import merge_saved  # here, because it imports this module
+
+        merged, record = merge_saved(lora, merged)
+        source = None if source is None else dataclasses.replace(source, lora=record)
     dtypes = (param_dtype if dtype is None else DTYPES[dtype], param_dtype)
 
     def make(module: type[nn.Module], part: Any) -> Any:
@@ -292,6 +303,6 @@ def load(
         classifier=make(Classifier, config.classifier),
         anticipator=make(Anticipator, config.anticipator),
         action_predictor=make(ActionPredictor, config.action_predictor),
-        params=unflatten_dict(params),
+        params=merged,
         source=source,
     )

@@ -5,7 +5,6 @@ one competitor computes at a time and the rounds of all of them can be interleav
 uses the standard library only: it is imported in the environments of all competitors.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -29,67 +28,6 @@ KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """The encoder and the clip that all competitors run: ViT-L width, float32, batch 1.
-
-    Attributes:
-        hidden: Width of the encoder.
-        heads: Number of attention heads.
-        layers: Number of layers.
-        mlp_ratio: Width of the MLP over that of the encoder.
-        frames: Frames of a clip; in streaming, frames that the window spans.
-        resolution: Height and width of a frame in pixels.
-        patch: Height and width of a patch in pixels.
-        tubelet: Frames of a tubelet.
-    """
-
-    hidden: int = 1024
-    heads: int = 16
-    layers: int = 6
-    mlp_ratio: int = 4
-    frames: int = 16
-    resolution: int = 256
-    patch: int = 16
-    tubelet: int = 2
-
-    @property
-    def window(self) -> int:
-        """Tubelets of a clip."""
-        return self.frames // self.tubelet
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a clip."""
-        return self.window * (self.resolution // self.patch) ** 2
-
-    def layer_matmuls(self) -> list[tuple[int, int, int]]:
-        """Returns the shapes (m, k, n) of the six dense matmuls of one layer over a clip."""
-        wide = self.hidden * self.mlp_ratio
-        square = (self.tokens, self.hidden, self.hidden)
-        return [square] * 4 + [(self.tokens, self.hidden, wide), (self.tokens, wide, self.hidden)]
-
-    def layer_matmul_flops(self) -> int:
-        """Returns the floating-point operations of `layer_matmuls`."""
-        return sum(2 * m * k * n for m, k, n in self.layer_matmuls())
-
-    def message(self) -> Message:
-        """Returns the `setup` request that carries this workload."""
-        return {"op": "setup", **dataclasses.asdict(self)}
-
-
-def workload_of(message: Message) -> Workload:
-    """Reads the workload of a `setup` request.
-
-    Args:
-        message: The request.
-
-    Returns:
-        The workload; fields that the request leaves out have their default.
-    """
-    return Workload(**{name: value for name, value in message.items() if name != "op"})
 
 
 def versions(names: Sequence[str]) -> dict[str, str]:
@@ -212,23 +150,6 @@ class Worker:
             raise self._error(f"answered {line!r} to {message}") from error
         if not isinstance(reply, dict):
             raise self._error(f"answered {line!r} to {message}")
-        return reply
-
-    def setup(self, workload: Workload) -> Message:
-        """Has the worker build and warm up what it times.
-
-        Args:
-            workload: The encoder and the clip.
-
-        Returns:
-            What the worker says of itself: `versions`, `threads` and more.
-
-        Raises:
-            WorkerError: If it fails.
-        """
-        reply = self.request(workload.message())
-        if reply.get("ok") is not True:
-            raise self._error(f"answered {reply} to setup")
         return reply
 
     def time(self, what: str, repeats: int) -> list[float]:
