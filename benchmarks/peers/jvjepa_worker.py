@@ -1,4 +1,4 @@
-"""Worker for jvjepa itself, with full attention ("full") or areas ("2x2": splits of time, rows)."""
+"""Worker for jvjepa itself, with full attention ("full") or areas ("2x2": splits of rows, time)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def build(work: Work, variant: str) -> Subject:
 
     Args:
         work: the work.
-        variant: "full", or the splits of time and rows of the areas, such as "4x2".
+        variant: "full", or the splits of rows and time of the areas, such as "4x2".
 
     Returns:
         The subject.
@@ -107,7 +107,7 @@ def about(_: Message) -> Message:
 def _config(work: Work, variant: str) -> EncoderConfig:
     areas: dict[str, Any] = {}
     if variant != "full":
-        temporal, spatial = map(int, variant.split("x"))
+        spatial, temporal = map(int, variant.split("x"))
         areas = {"area_layers": (0, work.area_layers)}
         areas |= {"area_temporal_splits": temporal, "area_spatial_splits": spatial}
     return EncoderConfig(
