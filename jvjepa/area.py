@@ -6,7 +6,7 @@ grid. A of them need A times fewer scores than full attention, with the same wei
 Tokens are put in the order of their areas once, before the first layer, and put back once, after
 the last: attention over areas is then a reshape, and nothing else, full attention included, minds
 the order. Of a whole clip the areas are known when the program is traced; of visible tokens, other
-ones in each sample, when it runs, and the program chooses among a few capacities.
+ones in each sample, when it runs.
 
 Reference: `RoPEAreaAttention` of the ST-A² fork of V-JEPA 2 (`src/models/utils/modules.py`), which
 sorts, pads and puts back in every layer.
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jvjepa.attention import Backend, attention
+from jvjepa.attention import Backend, attention, attention_over_spans, resolve
 from jvjepa.config import EncoderConfig
 from jvjepa.errors import InputError
 from jvjepa.typing import Array
@@ -172,12 +172,18 @@ class SparseAreas:
     def attend(self, q: Array, k: Array, v: Array, backend: Backend) -> Array:
         """Attends within each area; all [B, M, H, K], in the order of the areas.
 
-        All areas have the same capacity, and the fullest one of the batch decides which of a few it
-        is. Where that would cost more than full attention, it is full attention under a mask. The
-        gradient computes the attention anew.
+        The `chunked` backend takes from each query's area what is there. For the others all areas
+        have the same capacity, and the fullest one of the batch decides which of a few it is; where
+        that would cost more than full attention, it is full attention under a mask. Gradients
+        compute the attention anew.
         """
-        tokens, areas = q.shape[1], self.tiling.num_areas
+        batch, tokens, heads, _ = q.shape
+        areas = self.tiling.num_areas
         counts = jnp.sum(self.area[:, None, :] == jnp.arange(areas)[None, :, None], axis=-1)
+        if self.mask is None and resolve(backend, (batch, heads, tokens, tokens)) == "chunked":
+            ends = jnp.pad(jnp.cumsum(counts, axis=1), ((0, 0), (1, 1)))  # [B, 1 + A + 1], 0 last
+            first, end = (jnp.take_along_axis(ends, self.area + i, axis=1) for i in (0, 1))
+            return _scaled(attention_over_spans(q, k, v, first, end), self.scale)
         most = min(int(self.tiling.sizes.max()), tokens)
         shares = (math.ceil(headroom * tokens / areas) for headroom in _HEADROOMS)
         capacities = sorted({min(share, most) for share in shares} | {most})

@@ -6,6 +6,7 @@ are `jax.nn.dot_product_attention`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -17,6 +18,8 @@ from jvjepa.typing import Array, DType
 Backend = Literal["auto", "xla", "chunked", "cudnn"]
 
 _QUERY_BLOCK = 512  # queries at most that `chunked` takes at a time
+_SPAN_BLOCK = 128  # queries at most that `attention_over_spans` takes at a time
+_SPAN_PARTS, _SPAN_SHARES = 8, (1, 2, 3, 4, 6, 8)  # its numbers of keys, in eighths of all of them
 _MAX_SCORE_BYTES = 1 << 30  # the largest float32 [B, H, N, M] that `auto` lets XLA make
 _CUDNN_DTYPES = ("bfloat16", "float16")
 _CUDNN_MAX_WIDTH = 128  # newer GPUs than the oldest that JAX supports take 256
@@ -142,6 +145,48 @@ def attention(
     return jnp.where(sees_any, out, jnp.zeros((), out.dtype))
 
 
+def attention_over_spans(q: Array, k: Array, v: Array, first: Array, end: Array) -> Array:
+    """Attention where each query sees neighbouring keys alone, `first` to `end` - 1.
+
+    As `chunked`, block by block of queries; and a block takes no more keys than the next of a few
+    sizes above what its queries see. So it costs what is seen, wherever that lies.
+
+    Args:
+        q: [B, N, H, K].
+        k: [B, M, H, K].
+        v: [B, M, H, K].
+        first: int32 [B, N].
+        end: int32 [B, N]; a query with `end` <= `first` sees nothing and gets zeros.
+
+    Returns:
+        [B, N, H, K] in the dtype of `q`.
+    """
+    heads, keys = q.shape[2], k.shape[1]
+    sizes = sorted({-(-keys * share // _SPAN_PARTS) for share in _SPAN_SHARES})
+    places = jnp.arange(keys)
+
+    def attend(size: int, rows: Array, k: Array, v: Array, first: Array, end: Array) -> Array:
+        start = jnp.clip(jnp.min(first), 0, keys - size)
+        part = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (k, v, places))
+        some_k, some_v, place = part
+        seen = (place[None] >= first[:, None]) & (place[None] < end[:, None])
+        return _attend(rows, some_k, some_v, seen)
+
+    def one_block(index: Array, start: Array, rows: Array, k: Array, v: Array) -> Array:
+        spans = (
+            jax.lax.dynamic_slice_in_dim(x[index // heads], start, len(rows)) for x in (first, end)
+        )
+        low, high = spans
+        sees = low < high
+        low = jnp.where(sees, low, keys)  # who sees nothing widens nothing
+        longest = jnp.max(jnp.where(sees, high, 0)) - jnp.min(low)
+        which = jnp.sum(longest > jnp.asarray(sizes[:-1], longest.dtype))
+        branches = [functools.partial(attend, size) for size in sizes]
+        return jax.lax.switch(which, branches, rows, k, v, low, high)
+
+    return _map_blocks(q, k, v, _SPAN_BLOCK, one_block)
+
+
 def _check_inputs(q: Array, k: Array, v: Array, mask: Array | None) -> None:
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     of_q, of_k = (x.shape[:1] + x.shape[2:] for x in (q, k))  # without the length
@@ -166,8 +211,21 @@ def _check_inputs(q: Array, k: Array, v: Array, mask: Array | None) -> None:
 
 
 def _chunked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    heads = q.shape[2]
+
+    def one_block(index: Array, start: Array, rows: Array, k: Array, v: Array) -> Array:
+        return _attend(rows, k, v, _mask_block(mask, index, heads, start, len(rows)))
+
+    return _map_blocks(q, k, v, _QUERY_BLOCK, one_block)
+
+
+def _map_blocks(q: Array, k: Array, v: Array, most: int, one_block: Callable[..., Array]) -> Array:
+    """Calls one_block(batch · H + head, first query, queries [n, K], k [M, K], v) for all queries.
+
+    The gradient computes each block anew.
+    """
     batch, queries, heads, width = q.shape
-    block = -(-queries // -(-queries // _QUERY_BLOCK))  # even blocks: 1,152 are 3 of 384
+    block = -(-queries // -(-queries // most))  # even blocks: 1,152 are 3 of 384
     blocks = -(-queries // block)
     # Where they do not come out even, the last block begins a little earlier: nothing is padded.
     starts = jnp.minimum(jnp.arange(blocks) * block, queries - block)
@@ -177,11 +235,11 @@ def _chunked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         index, q, k, v = head
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def one_block(start: Array) -> Array:
+        def from_query(start: Array) -> Array:
             rows = jax.lax.dynamic_slice_in_dim(q, start, block)
-            return _attend(rows, k, v, _mask_block(mask, index, heads, start, block))
+            return one_block(index, start, rows, k, v)
 
-        return jax.lax.map(one_block, starts)
+        return jax.lax.map(from_query, starts)
 
     out = jax.lax.map(one_head, (jnp.arange(batch * heads), q, k, v))  # [B·H, blocks, block, K]
     whole, last = out[:, :-1], out[:, -1, blocks * block - queries :]

@@ -212,10 +212,11 @@ def _lying(config: EncoderConfig, grid: tuple, shares: list[int]) -> NDArray[np.
 EVENLY_OR_NOT = [[4, 4, 4, 4], [6, 5, 4, 1], [8, 8, 0, 0], [0, 16, 0, 0]]
 
 
+@pytest.mark.parametrize("attention", ["xla", "chunked"])
 @pytest.mark.parametrize("lyings", [EVENLY_OR_NOT, [[1, 1, 1, 1]], [[16, 16, 16, 16]]])
-def test_areas_of_visible_tokens(lyings: list[list[int]]) -> None:
+def test_areas_of_visible_tokens(lyings: list[list[int]], attention: str) -> None:
     grid, config = (4, 4, 4), _config()
-    encoder, params = _model(config)
+    encoder, params = _model(config, attention=attention)
     video = _video(*grid)
     run = jax.jit(lambda p, *x: encoder.apply({"params": p}, *x))
     for shares in lyings:  # one program for all: it takes another branch for each
@@ -253,10 +254,12 @@ def test_areas_under_the_banded_mask(temporal: int, sparse: bool) -> None:
     assert relative_error(found, _normed(encoder, params, expected)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_gradients(sparse: bool) -> None:
+@pytest.mark.parametrize(
+    ("sparse", "attention"), [(False, "chunked"), (True, "chunked"), (True, "xla")]
+)
+def test_gradients(sparse: bool, attention: str) -> None:
     grid, config = (4, 5, 2), _config(2, 2)
-    encoder, params = _model(config)
+    encoder, params = _model(config, attention=attention)
     video, rng = jnp.asarray(_video(*grid)), np.random.default_rng(4)
     keep = _keep(rng, 40, 18) if sparse else None
     valid = rng.random(keep.shape) < 0.7 if sparse else None
