@@ -300,6 +300,21 @@ class Calibrate(Streaming):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Look after training data. check: read every file once and report; exit code 1 if one is bad.
+
+    Labels and times are looked at too.
+    """
+
+    action: _Positional[Literal["check"]]
+    """What to do."""
+    manifest: _Positional[Path]
+    """A folder of videos; a .jsonl; or a text with lines of path,start,end,label or path label."""
+    workers: int | None = None
+    """Files that are read at a time; by default one for each core."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo:
     """Convert, verify and stream a tiny checkpoint and a made video, without network."""
 
@@ -370,6 +385,7 @@ _Command = (
     | Annotated[Anticipate, tyro.conf.subcommand("anticipate")]
     | Annotated[Stream, tyro.conf.subcommand("stream")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[
@@ -408,6 +424,7 @@ def run(command: object, console: Console) -> int:
         "Anticipate": anticipate_command,
         "Stream": commands.stream,
         "Calibrate": commands.calibrate,
+        "Data": _data,
         "Demo": commands.demo,
         "Info": commands.info,
         "LoraMerge": adapters.merge_command,
@@ -448,6 +465,12 @@ def _describe(error: InputError | OSError, command: object) -> str:
         return str(error)
     where = error.filename or getattr(command, "out", "writing")  # a full disk's names no file
     return f"{where}: {error.strerror or error}"
+
+
+def _data(options: Data, console: Console) -> int:
+    from jvjepa.train.manifest import check_command  # jvjepa does not need jvjepa.train otherwise
+
+    return check_command(options, console)
 
 
 def _as_interrupt(number: int, frame: types.FrameType | None) -> None:

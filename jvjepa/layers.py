@@ -47,14 +47,15 @@ class Dense(nn.Module):
         return y + self._adapt(x) if self.has_variable("lora", "a") else y
 
     def _adapt(self, x: Array) -> Array:
-        a, b, scale = (
-            self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b", "scale")
-        )
+        a, b, scale = (self.get_variable("lora", name) for name in ("a", "b", "scale"))
+        scale = jax.lax.stop_gradient(scale)
         if self.has_variable("lora", "dropout") and self.has_rng("dropout"):
             keep = 1 - self.get_variable("lora", "dropout")
             kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
-            x = jnp.where(kept, x / keep.astype(self.dtype), jnp.zeros((), self.dtype))
-        return jnp.matmul(jnp.matmul(x, a) * jax.lax.stop_gradient(scale), b)
+            x, scale = jnp.where(kept, x, jnp.zeros((), x.dtype)), scale / keep
+        y = jnp.matmul(x, a.astype(self.dtype))
+        y = (y.astype(jnp.float32) * scale).astype(self.dtype)  # bfloat16 would round the scale
+        return jnp.matmul(y, b.astype(self.dtype))
 
 
 def normalize(x: Array, epsilon: float) -> Array:

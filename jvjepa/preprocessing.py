@@ -19,8 +19,8 @@ from jvjepa.errors import InputError, VideoError
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3] RGB
 
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 _RIGHT = "right is uint8 [T, H, W, 3], RGB, 0 to 255"
 
 
@@ -33,7 +33,7 @@ class HasCropSize(Protocol):
         ...
 
 
-class _Taps(NamedTuple):
+class Taps(NamedTuple):
     """One axis of a resize.
 
     Args:
@@ -67,7 +67,7 @@ def preprocess(frames: Frames, config: HasCropSize) -> NDArray[np.float32]:
     """
     _check_frames(frames)
     crop = config.crop_size
-    rows, columns = _resized(*frames.shape[1:3], int(crop * 256 / 224))
+    rows, columns = scaled_size(*frames.shape[1:3], int(crop * 256 / 224))
     centre = int((rows - crop) / 2.0), int((columns - crop) / 2.0)
     return _cut(frames, (rows, columns), [centre], crop)[0]
 
@@ -98,7 +98,7 @@ def crops(frames: Frames, config: HasCropSize, views: int) -> NDArray[np.float32
         return preprocess(frames, config)[None]
     _check_frames(frames)
     crop = config.crop_size
-    rows, columns = _resized(*frames.shape[1:3], crop)
+    rows, columns = scaled_size(*frames.shape[1:3], crop)
     step = (max(rows, columns) - crop) // (views - 1)
     offsets = [step * i for i in range(views)] if step else [0]
     corners = [(at, 0) if rows > columns else (0, at) for at in offsets]
@@ -111,15 +111,15 @@ def _cut(
     """Resizes to `size`, cuts at M corners (row, column), normalises: [M, T, crop, crop, 3]."""
     tops, lefts = zip(*corners, strict=True)
     top, left = min(tops), min(lefts)
-    down = _taps(frames.shape[1], size[0], top, max(tops) + crop)
-    across = _taps(frames.shape[2], size[1], left, max(lefts) + crop)
+    down = taps(frames.shape[1], size[0], top, max(tops) + crop)
+    across = taps(frames.shape[2], size[1], left, max(lefts) + crop)
     first, last = int(down.index.min()), int(down.index.max()) + 1
     down = down._replace(index=down.index - first)
 
     table = _normalised()
     pixels = np.empty((len(corners), len(frames), crop, crop, 3), np.float32)
     for i, frame in enumerate(frames):  # one by one: the sums are 4 bytes a value
-        resized = _resize_axis(_resize_axis(frame[first:last], across, axis=1), down, axis=0)
+        resized = resize_axis(resize_axis(frame[first:last], across, axis=1), down, axis=0)
         for out, (row, column) in zip(pixels[:, i], corners, strict=True):
             square = resized[row - top :, column - left :][:crop, :crop]
             for channel in range(3):
@@ -148,19 +148,28 @@ def _check_frames(frames: Any) -> None:
         raise VideoError(f"frames are empty, shape {list(frames.shape)}; {_RIGHT}")
 
 
-def _resized(height: int, width: int, short: int) -> tuple[int, int]:
-    """The size that makes the short side `short`: torchvision's rule, which truncates."""
+def scaled_size(height: int, width: int, short: int) -> tuple[int, int]:
+    """The (rows, columns) that make the short side `short`: torchvision's rule, which truncates."""
     if height <= width:
         return short, int(short * width / height)
     return int(short * height / width), short
 
 
 @functools.lru_cache(maxsize=32)
-def _taps(size: int, resized: int, start: int, stop: int) -> _Taps:
+def taps(size: int, resized: int, start: int, stop: int) -> Taps:
     """The weights of output pixels [start, stop) of a bilinear antialiased resize of one axis.
 
     Matches torch's kernel for uint8: weights in float64, then rounded to as many bits as keep the
     greatest of them below 2^15.
+
+    Args:
+        size: pixels of the axis.
+        resized: pixels that it is to have.
+        start: the first of them that is wanted.
+        stop: the one behind the last.
+
+    Returns:
+        What `resize_axis` takes.
     """
     scale = size / resized
     support = max(scale, 1.0)
@@ -178,10 +187,11 @@ def _taps(size: int, resized: int, start: int, stop: int) -> _Taps:
         shift += 1
     index = np.minimum(low[:, None] + tap, size - 1)  # beyond the edge the weight is 0
     integer = np.floor(weight * (1 << shift) + 0.5).astype(np.int32)
-    return _Taps(index[start:stop], integer[start:stop], shift)
+    return Taps(index[start:stop], integer[start:stop], shift)
 
 
-def _resize_axis(frame: NDArray[np.uint8], taps: _Taps, axis: int) -> NDArray[np.uint8]:
+def resize_axis(frame: NDArray[np.uint8], taps: Taps, axis: int) -> NDArray[np.uint8]:
+    """Resizes one axis, 0 for rows or 1 for columns, of a frame [H, W, 3] by its `taps`."""
     shape = (1, -1, 1) if axis == 1 else (-1, 1, 1)
     total: Any = np.int32(1 << (taps.shift - 1))  # rounds half up when the bits are cut off
     for index, weight in zip(taps.index.T, taps.weight.T, strict=True):
@@ -197,6 +207,6 @@ def _normalised() -> NDArray[np.float32]:
     In float32 from the start, as the reference computes it.
     """
     value = np.arange(256, dtype=np.float32)
-    mean = np.array(_IMAGENET_MEAN, np.float32)[:, None] * np.float32(255)
-    std = np.array(_IMAGENET_STD, np.float32)[:, None] * np.float32(255)
+    mean = np.array(IMAGENET_MEAN, np.float32)[:, None] * np.float32(255)
+    std = np.array(IMAGENET_STD, np.float32)[:, None] * np.float32(255)
     return (value - mean) / std

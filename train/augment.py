@@ -1,0 +1,104 @@
+"""Cuts squares out of frames: random resized crops for training, the middle for evaluation.
+
+The resize is that of `jvjepa.preprocessing`, bilinear with antialiasing and rounded to uint8, so
+that a model sees in training what it will see in use. (Meta's training resizes without.)
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jvjepa.preprocessing import resize_axis, scaled_size, taps
+
+_ATTEMPTS = 10  # windows that are drawn before the middle one is taken
+
+
+class Window(NamedTuple):
+    """A rectangle of a frame, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def random_window(
+    generator: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+) -> Window:
+    """Draws the window of a random resized crop.
+
+    Matches `random_resized_crop` of `src/datasets/utils/video/transforms.py` of Meta's V-JEPA 2:
+    the area is uniform, the aspect ratio is uniform in its logarithm, and after ten windows that do
+    not fit, the largest one in the middle whose aspect is in the range is taken.
+
+    Args:
+        generator: to draw from.
+        height: of the frames, in pixels.
+        width: the same.
+        scale: least and greatest share of the frame's area, in (0, 1].
+        aspect: least and greatest width over height, above 0.
+
+    Returns:
+        A window inside the frame.
+    """
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    for _ in range(_ATTEMPTS):
+        area = height * width * generator.uniform(*scale)
+        ratio = math.exp(generator.uniform(low, high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(generator.integers(height - h, endpoint=True))
+            left = int(generator.integers(width - w, endpoint=True))
+            return Window(top, left, h, w)
+    w, h = width, height
+    if width / height < aspect[0]:
+        h = max(1, round(width / aspect[0]))
+    elif width / height > aspect[1]:
+        w = max(1, round(height * aspect[1]))
+    return Window((height - h) // 2, (width - w) // 2, h, w)
+
+
+def cut(frames: NDArray[np.uint8], window: Window, size: int, *, flip: bool) -> NDArray[np.uint8]:
+    """Resizes a window of all frames to a square.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        window: what to cut out, inside the frames.
+        size: pixels of a side of the square.
+        flip: mirror it, left and right.
+
+    Returns:
+        uint8 [T, size, size, 3].
+    """
+    down = taps(window.height, size, 0, size)
+    across = taps(window.width, size, 0, size)
+    part = frames[:, window.top :, window.left :][:, : window.height, : window.width]
+    square = np.empty((len(frames), size, size, 3), np.uint8)
+    for out, frame in zip(square, part, strict=True):  # one by one: the sums are 4 bytes a value
+        resized = resize_axis(resize_axis(frame, across, axis=1), down, axis=0)
+        out[:] = resized[:, ::-1] if flip else resized
+    return square
+
+
+def centre(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Cuts the middle square out of frames, as `jvjepa.preprocessing.preprocess` does.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        size: pixels of a side of the square.
+
+    Returns:
+        uint8 [T, size, size, 3], which `preprocess` would have normalised.
+    """
+    rows, columns = scaled_size(*frames.shape[1:3], int(size * 256 / 224))
+    top, left = (rows - size) // 2, (columns - size) // 2
+    down = taps(frames.shape[1], rows, top, top + size)
+    across = taps(frames.shape[2], columns, left, left + size)
+    resized = [resize_axis(resize_axis(f, across, axis=1), down, axis=0) for f in frames]
+    return np.stack(resized)
