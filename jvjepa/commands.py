@@ -365,6 +365,8 @@ def _print_source(source: Source | None, console: Console) -> None:
         console.print(f"{part} taken from {key!r}")
     for name, reason in source.dropped.items():
         console.print(f"left out {name}: {reason}")
+    if source.lora is not None:
+        console.print(f"adapters merged: {source.lora['name']}, sha256 {source.lora['sha256']}")
     if source.probe is not None:
         console.print("probe attached:")
         _print_source(source.probe, console)

@@ -326,6 +326,8 @@ def test_merge_and_embed(assets: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     expected = jvjepa.load(model, lora=adapter)
     chex.assert_trees_all_equal(found.params, expected.params)
     assert found.source == expected.source
+    assert run("info", merged) == 0
+    assert f"adapters merged: {adapter}, sha256 " in capfd.readouterr().out
     how = ("--num-frames", FRAMES_PER_CLIP, "--out")
     assert run("embed", model, scene, *how, tmp_path / "a.npz", "--lora", adapter) == 0
     assert run("embed", merged, scene, *how, tmp_path / "b.npz") == 0
