@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import io
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -20,7 +19,7 @@ from rich.console import Console
 from videofiles import moving_frames, write_video
 
 import jvjepa
-from jvjepa import ModelConfig, video
+from jvjepa import ModelConfig, cli, video
 from jvjepa.errors import InputError
 from jvjepa.features import PcaImage, features, features_command, pca_colours
 from jvjepa.pictures import picture_clip, read_picture
@@ -275,11 +274,6 @@ def test_grids_that_are_refused(grid: NDArray[Any], message: str) -> None:
 # The command
 
 
-DEFAULTS = dict.fromkeys(("pca", "npz", "num_frames", "fps", "end", "dtype"))
-DEFAULTS |= {"start": 0.0, "foreground": True, "repeat_frame": False}
-DEFAULTS |= {"attention": "auto", "force": False}
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     folder = tmp_path_factory.mktemp("models")
@@ -300,8 +294,7 @@ def run(model: Path, source: Path, **options: Any) -> str:
     """What the command prints."""
     text = io.StringIO()
     console = Console(file=text, soft_wrap=True, highlight=False, markup=False, emoji=False)
-    assert options.keys() <= DEFAULTS.keys()
-    command = SimpleNamespace(model=model, source=str(source), **DEFAULTS | options)
+    command = cli.Features(model=model, source=str(source), **options)
     assert features_command(command, console) == 0
     return text.getvalue()
 
