@@ -143,6 +143,7 @@ class SparseAreas:
         scale: as in `DenseAreas`.
         order: int [B, M], the token at each place; those that nobody sees come last.
         area: int [B, M], the area at each place, and A for those that nobody sees.
+        counts: int [B, A], how many of each area are seen.
         mask: bool [B, 1, M, M] in that order, what else may be seen; None means all of an area.
     """
 
@@ -150,6 +151,7 @@ class SparseAreas:
     scale: float = dataclasses.field(metadata={"static": True})
     order: Array
     area: Array
+    counts: Array
     mask: Array | None = None
 
     def sort(self, x: Array) -> Array:
@@ -179,9 +181,10 @@ class SparseAreas:
         """
         batch, tokens, heads, _ = q.shape
         areas = self.tiling.num_areas
-        counts = jnp.sum(self.area[:, None, :] == jnp.arange(areas)[None, :, None], axis=-1)
         if self.mask is None and resolve(backend, (batch, heads, tokens, tokens)) == "chunked":
-            ends = jnp.pad(jnp.cumsum(counts, axis=1), ((0, 0), (1, 1)))  # [B, 1 + A + 1], 0 last
+            ends = jnp.pad(
+                jnp.cumsum(self.counts, axis=1), ((0, 0), (1, 1))
+            )  # [B, 1 + A + 1], 0 last
             first, end = (jnp.take_along_axis(ends, self.area + i, axis=1) for i in (0, 1))
             return _scaled(attention_over_spans(q, k, v, first, end), self.scale)
         most = min(int(self.tiling.sizes.max()), tokens)
@@ -191,12 +194,12 @@ class SparseAreas:
         def branch(capacity: int, *qkv: Array) -> Array:
             if areas * capacity**2 > tokens**2:
                 return self._masked(*qkv, backend)
-            return self._padded(*qkv, counts, capacity, backend)
+            return self._padded(*qkv, capacity, backend)
 
         @jax.checkpoint  # else every branch keeps what the gradient of each would need
         def switch(*qkv: Array) -> Array:
             branches = [functools.partial(branch, capacity) for capacity in capacities]
-            too_small = jnp.max(counts) > jnp.asarray(capacities[:-1], counts.dtype)
+            too_small = jnp.max(self.counts) > jnp.asarray(capacities[:-1], self.counts.dtype)
             return jax.lax.switch(jnp.sum(too_small), branches, *qkv)
 
         return _scaled(switch(q, k, v), self.scale)
@@ -207,12 +210,10 @@ class SparseAreas:
         mask = mask if self.mask is None else mask & self.mask
         return attention(q, k, v, mask=mask, backend=backend)
 
-    def _padded(
-        self, q: Array, k: Array, v: Array, counts: Array, capacity: int, backend: Backend
-    ) -> Array:
+    def _padded(self, q: Array, k: Array, v: Array, capacity: int, backend: Backend) -> Array:
         batch, tokens, *heads = q.shape
         areas = self.tiling.num_areas
-        starts = jnp.cumsum(counts, axis=1) - counts  # [B, A]
+        starts = jnp.cumsum(self.counts, axis=1) - self.counts  # [B, A]
 
         def cut(x: Array) -> Array:
             """[B, M, ..] to [B·A, capacity, ..]; beyond its own an area holds its neighbours'."""
@@ -221,7 +222,7 @@ class SparseAreas:
             parts = jax.vmap(jax.vmap(one, in_axes=(None, 0)))(x, starts)
             return parts.reshape(batch * areas, capacity, *x.shape[2:])
 
-        own = jnp.arange(capacity)[None, None, :] < counts[:, :, None]  # [B, A, capacity]
+        own = jnp.arange(capacity)[None, None, :] < self.counts[:, :, None]  # [B, A, capacity]
         mask = own.reshape(batch * areas, 1, 1, capacity)
         if self.mask is not None:
             padded = jnp.pad(self.mask[:, 0], ((0, 0), (0, capacity), (0, capacity)))
@@ -373,8 +374,13 @@ def areas(
     area = tiling.area(jnp.asarray(keep))
     area = area if valid is None else jnp.where(valid, area, tiling.num_areas)
     order = jnp.argsort(area, axis=1, stable=True)
-    area = _take(area, order)
-    return SparseAreas(tiling=tiling, scale=config.area_residual_scale, order=order, area=area)
+    return SparseAreas(
+        tiling=tiling,
+        scale=config.area_residual_scale,
+        order=order,
+        area=_take(area, order),
+        counts=jnp.sum(area[:, None] == jnp.arange(tiling.num_areas)[None, :, None], axis=-1),
+    )
 
 
 def row_areas(config: EncoderConfig, grid: tuple[int, int]) -> RowAreas | None:

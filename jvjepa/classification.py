@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -35,8 +34,7 @@ from jvjepa.encoder import Encoder
 from jvjepa.errors import InputError, VideoError
 from jvjepa.heads import Classifier
 from jvjepa.preprocessing import HasCropSize, crops
-from jvjepa.recording import check_output, named
-from jvjepa.storage import new_file
+from jvjepa.recording import check_output, save_json
 from jvjepa.typing import Array, Params
 from jvjepa.weights import Model, read_record
 
@@ -146,7 +144,7 @@ def classify(
         return _classify(model, source, times, views, combine, progress)
 
     place = locate(source, video.Reconnect().timeout)
-    if place.live or (place.live is None and is_live(place)):
+    if is_live(place):
         raise VideoError(f"{place.name}: is live and has no end; a file can be classified")
     index = index_packets(place)
     if index is not None:
@@ -249,9 +247,7 @@ def classify_command(options: "cli.Classify", console: "Console") -> int:
             "views": found.views,
             "model": str(options.model),
         }
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        with named(options.json), new_file(options.json) as work:
-            work.write_text(text, encoding="utf-8")
+        save_json(options.json, record)
         console.print(f"wrote {options.json}")
     return 0
 

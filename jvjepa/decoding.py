@@ -137,7 +137,9 @@ def _reason(error: Exception) -> str:
 
 
 def is_live(place: Place) -> bool:
-    """Whether an http source, say, has no end: it says neither how long nor how big it is."""
+    """Whether a source has no end: one that must be opened says neither its length nor its size."""
+    if place.live is not None:
+        return place.live
     with open_video(place) as (container, _):
         return container.duration is None and container.size <= 0
 
@@ -219,6 +221,11 @@ class Index:
         found = bisect.bisect_right(self.keys, tick, key=lambda key: key.tick) - 1
         return self.keys[found] if found > 0 else None
 
+    @property
+    def seconds(self) -> float:
+        """When the last frame has been shown."""
+        return self.clock.seconds(self.end)
+
 
 def index_packets(place: Place) -> Index | None:
     """Lists the frames of a file without decoding; None where its packets do not tell.
@@ -280,6 +287,11 @@ def index_frames(place: Place) -> Index:
         gap = ticks[-1] - ticks[-2] if len(ticks) > 1 else None
         end = ticks[-1] + shown_for(duration, gap, track)
         return Index(Clock(ticks[0], track.time_base), np.array(ticks, np.int64), end)
+
+
+def index_file(place: Place) -> Index:
+    """Lists the frames of a file, without decoding if its packets tell."""
+    return index_packets(place) or index_frames(place)
 
 
 def decode(

@@ -7,7 +7,6 @@ of a video that is too short. Here frames are taken by time, and a short video i
 """
 
 import dataclasses
-import json
 import time
 from typing import TYPE_CHECKING
 
@@ -18,10 +17,9 @@ from numpy.typing import NDArray
 
 from jvjepa import video
 from jvjepa.anticipation import FARTHEST, anticipate
-from jvjepa.decoding import Source, index_frames, index_packets, is_live, locate
+from jvjepa.decoding import Source, index_file, is_live, locate
 from jvjepa.errors import InputError, VideoError
-from jvjepa.recording import check_output, named
-from jvjepa.storage import new_file
+from jvjepa.recording import check_output, save_json
 from jvjepa.weights import Model, read_record
 
 if TYPE_CHECKING:
@@ -92,9 +90,12 @@ def forecast(
         raise InputError(f"ahead = {ahead:g}; it must be 0 to {FARTHEST:g} seconds")
     config = model.config.anticipator
     rate, span = config.frames_per_second, config.frames_per_clip / config.frames_per_second
-    length = _length(source)
+    place = locate(source, video.Reconnect().timeout)
+    name = place.name
+    if is_live(place):
+        raise VideoError(f"{name}: is live and has no end; give a file")
+    length = index_file(place).seconds
     end = length if at is None else at
-    name = locate(source, video.Reconnect().timeout).name
     if not end <= length + _ROUNDING:
         raise VideoError(f"{name}: at = {end:g}, but it lasts {length:.3f} s")
     if end < span - _ROUNDING:
@@ -149,9 +150,7 @@ def anticipate_command(options: "cli.Anticipate", console: "Console") -> int:
             },
             "model": str(options.model),
         }
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        with named(options.json), new_file(options.json) as work:
-            work.write_text(text, encoding="utf-8")
+        save_json(options.json, record)
         console.print(f"wrote {options.json}")
     return 0
 
@@ -162,12 +161,3 @@ def _require_anticipator(anticipator: object, name: str) -> None:
             f"{name} has no anticipator; attach a probe to an encoder with its predictor: "
             "jvjepa convert --probe ek100-vitl-256.pt --encoder MODEL OUT --labels FILE"
         )
-
-
-def _length(source: Source) -> float:
-    """Seconds until the last frame of a file has been shown."""
-    place = locate(source, video.Reconnect().timeout)
-    if place.live or (place.live is None and is_live(place)):
-        raise VideoError(f"{place.name}: is live and has no end; give a file")
-    index = index_packets(place) or index_frames(place)
-    return index.clock.seconds(index.end)

@@ -160,8 +160,7 @@ def tubelets(
         VideoError: the source cannot be read; the tubelets before are good.
     """
     place = locate(source, video.Reconnect().timeout)
-    live = is_live(place) if place.live is None else place.live
-    belt = _Belt(drops=live)
+    belt = _Belt(drops=is_live(place))
     again = video.Reconnect(sleep=belt.sleep)
     frames = video.stream(source, fps=fps, start=start, end=end, reconnect=again)
 

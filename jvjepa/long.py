@@ -225,7 +225,7 @@ class _Frames:
         if is_picture(source):
             raise InputError(f"{source}: is a picture; max_tokens is for videos, leave it out")
         place = locate(source, video.Reconnect().timeout)
-        if place.live or (place.live is None and is_live(place)):
+        if is_live(place):
             raise VideoError(
                 f"{place.name}: is live and has no end; max_tokens is for files, and jvjepa stream "
                 "keeps a live embedding"

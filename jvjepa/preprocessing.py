@@ -9,7 +9,7 @@ only the pixels that a crop keeps are computed.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -67,9 +67,8 @@ def preprocess(frames: Frames, config: HasCropSize) -> NDArray[np.float32]:
     """
     _check_frames(frames)
     crop = config.crop_size
-    rows, columns = scaled_size(*frames.shape[1:3], int(crop * 256 / 224))
-    centre = int((rows - crop) / 2.0), int((columns - crop) / 2.0)
-    return _cut(frames, (rows, columns), [centre], crop)[0]
+    size, corner = centre(*frames.shape[1:3], crop)
+    return _cut(frames, size, [corner], crop)[0]
 
 
 def crops(frames: Frames, config: HasCropSize, views: int) -> NDArray[np.float32]:
@@ -108,7 +107,30 @@ def crops(frames: Frames, config: HasCropSize, views: int) -> NDArray[np.float32
 def _cut(
     frames: Frames, size: tuple[int, int], corners: Sequence[tuple[int, int]], crop: int
 ) -> NDArray[np.float32]:
-    """Resizes to `size`, cuts at M corners (row, column), normalises: [M, T, crop, crop, 3]."""
+    """Cuts M `squares` out of each frame and normalises them: [M, T, crop, crop, 3]."""
+    table = _normalised()
+    pixels = np.empty((len(corners), len(frames), crop, crop, 3), np.float32)
+    for i, found in enumerate(squares(frames, size, corners, crop)):
+        for out, square in zip(pixels[:, i], found, strict=True):
+            for channel in range(3):
+                np.take(table[channel], square[..., channel], out=out[..., channel])
+    return pixels
+
+
+def squares(
+    frames: Frames, size: tuple[int, int], corners: Sequence[tuple[int, int]], crop: int
+) -> Iterator[list[NDArray[np.uint8]]]:
+    """Resizes frames one by one, and cuts squares out of each.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        size: (rows, columns) to resize to.
+        corners: (row, column) of the upper left pixel of each square, inside.
+        crop: pixels of a side of the squares.
+
+    Yields:
+        For each frame its squares, uint8 [crop, crop, 3].
+    """
     tops, lefts = zip(*corners, strict=True)
     top, left = min(tops), min(lefts)
     down = taps(frames.shape[1], size[0], top, max(tops) + crop)
@@ -116,15 +138,9 @@ def _cut(
     first, last = int(down.index.min()), int(down.index.max()) + 1
     down = down._replace(index=down.index - first)
 
-    table = _normalised()
-    pixels = np.empty((len(corners), len(frames), crop, crop, 3), np.float32)
-    for i, frame in enumerate(frames):  # one by one: the sums are 4 bytes a value
+    for frame in frames:  # one by one: the sums are 4 bytes a value
         resized = resize_axis(resize_axis(frame[first:last], across, axis=1), down, axis=0)
-        for out, (row, column) in zip(pixels[:, i], corners, strict=True):
-            square = resized[row - top :, column - left :][:crop, :crop]
-            for channel in range(3):
-                np.take(table[channel], square[..., channel], out=out[..., channel])
-    return pixels
+        yield [resized[row - top :, column - left :][:crop, :crop] for row, column in corners]
 
 
 def _check_frames(frames: Any) -> None:
@@ -146,6 +162,12 @@ def _check_frames(frames: Any) -> None:
         raise InputError(f"frames have {frames.shape[-1]} channels; {_RIGHT}")
     if frames.size == 0:
         raise VideoError(f"frames are empty, shape {list(frames.shape)}; {_RIGHT}")
+
+
+def centre(height: int, width: int, crop: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The (rows, columns) that `preprocess` resizes to, and the (row, column) where it cuts."""
+    rows, columns = scaled_size(height, width, int(crop * 256 / 224))
+    return (rows, columns), (int((rows - crop) / 2.0), int((columns - crop) / 2.0))
 
 
 def scaled_size(height: int, width: int, short: int) -> tuple[int, int]:

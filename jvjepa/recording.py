@@ -1,6 +1,7 @@
 """Results of an endless stream, kept on disk as they come, and packed into one .npz at the end."""
 
 import contextlib
+import json
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -126,6 +127,13 @@ def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an .npz that appears whole or not at all."""
     with named(path), new_file(path) as work:
         np.savez(work, **arrays)
+
+
+def save_json(path: Path, record: Mapping[str, object]) -> None:
+    """Writes a .json that appears whole or not at all."""
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    with named(path), new_file(path) as work:
+        work.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from jvjepa.decoding import (
     Source,
     UnexpectedError,
     decode,
+    index_file,
     index_frames,
     index_packets,
     is_live,
@@ -134,7 +135,7 @@ def read(
         raise VideoError(f"num_frames = {num_frames}; it must be 1 or more")
     _check_range(fps, start, end)
     place = locate(source, _DEFAULT_RECONNECT.timeout)
-    if place.live or (place.live is None and is_live(place)):
+    if is_live(place):
         return _read_live(source, num_frames, fps, start, end)
     index = index_packets(place)
     if index is not None:
@@ -329,7 +330,7 @@ def _plan(index: Index, wanted: NDArray[np.int64]) -> list[tuple[Key | None, int
 def _stream(
     place: Place, fps: float | None, start: float, end: float | None, reconnect: Reconnect
 ) -> Generator[tuple[Frame, float], None, None]:
-    live = is_live(place) if place.live is None else place.live
+    live = is_live(place)
     place = dataclasses.replace(place, live=live)
     if live and start:
         raise VideoError(f"{place.name}: start = {start}; a live source has no past, use 0")
@@ -339,7 +340,7 @@ def _stream(
 
     key, origin = None, None
     if start:
-        index = index_packets(place) or index_frames(place)
+        index = index_file(place)
         key = index.key_for(int(index.ticks[_select(place, index, None, fps, start, end)[0]]))
         origin = index.clock.origin
     started = False

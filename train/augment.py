@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jvjepa.preprocessing import resize_axis, scaled_size, taps
+from jvjepa import preprocessing
+from jvjepa.preprocessing import resize_axis, squares, taps
 
 _ATTEMPTS = 10  # windows that are drawn before the middle one is taken
 
@@ -96,9 +97,5 @@ def centre(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     Returns:
         uint8 [T, size, size, 3], which `preprocess` would have normalised.
     """
-    rows, columns = scaled_size(*frames.shape[1:3], int(size * 256 / 224))
-    top, left = (rows - size) // 2, (columns - size) // 2
-    down = taps(frames.shape[1], rows, top, top + size)
-    across = taps(frames.shape[2], columns, left, left + size)
-    resized = [resize_axis(resize_axis(f, across, axis=1), down, axis=0) for f in frames]
-    return np.stack(resized)
+    scaled, corner = preprocessing.centre(*frames.shape[1:3], size)
+    return np.stack([square for (square,) in squares(frames, scaled, [corner], size)])

@@ -27,7 +27,7 @@ from absl import flags
 from numpy.typing import NDArray
 
 from jvjepa import video
-from jvjepa.decoding import index_frames, index_packets, locate
+from jvjepa.decoding import index_file
 from jvjepa.errors import ConfigError, InputError, VideoError
 from jvjepa.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from jvjepa.train.augment import centre, cut, random_window
@@ -331,7 +331,7 @@ def read_clip(
     generator = np.random.default_rng((seed, epoch, row, clip))
     place, mirror = generator.random(2)
     path, start, end = manifest.paths[row], manifest.starts[row], manifest.ends[row]
-    length = _length(path)
+    length = index_file(require_file(path)).seconds
     if start >= length - _ROUNDING:
         raise VideoError(f"{path}: start = {start:g}, but it lasts {length:.3f} s")
     end = min(end, length)
@@ -353,14 +353,6 @@ def _begin(config: ClipConfig, start: float, end: float, clip: int, place: float
     if part > span:
         return start + clip * part + (place if config.temporal == "random" else 0.5) * (part - span)
     return start + clip * max(end - start - span, 0.0) / max(config.clips - 1, 1)
-
-
-def _length(path: str) -> float:
-    """Seconds until the last frame of a file has been shown."""
-    require_file(path)
-    place = locate(path, video.Reconnect().timeout)
-    index = index_packets(place) or index_frames(place)
-    return index.clock.seconds(index.end)
 
 
 class _Failure(NamedTuple):

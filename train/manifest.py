@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from jvjepa import video
-from jvjepa.decoding import is_live, locate
+from jvjepa.decoding import Place, is_live, locate
 from jvjepa.errors import InputError, VideoError
 
 if TYPE_CHECKING:
@@ -293,11 +293,12 @@ class FileReport:
     problem: str | None = None
 
 
-def require_file(path: str) -> None:
-    """Raises VideoError unless `path` is a file or the URL of one; a live source has no end."""
+def require_file(path: str) -> Place:
+    """Locates a file or the URL of one; raises VideoError for a live source, which has no end."""
     place = locate(path, video.Reconnect().timeout)
-    if place.live or (place.live is None and is_live(place)):
+    if is_live(place):
         raise VideoError(f"{place.name}: is live and has no end; training needs files")
+    return place
 
 
 def check_file(path: str) -> FileReport:
