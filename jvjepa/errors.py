@@ -15,3 +15,7 @@ class CheckpointError(InputError):
 
 class VideoError(InputError):
     """A video that cannot be opened or decoded, or frames of the wrong kind."""
+
+
+class TrainingError(InputError):
+    """A training run that cannot go on; the message says from where it can be resumed."""
