@@ -300,6 +300,13 @@ class Calibrate(Streaming):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train adapters, probes, or models; `jvjepa train --help` lists the kinds."""
+
+    arguments: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """Look after training data. check: read every file once and report; exit code 1 if one is bad.
 
@@ -385,6 +392,7 @@ _Command = (
     | Annotated[Anticipate, tyro.conf.subcommand("anticipate")]
     | Annotated[Stream, tyro.conf.subcommand("stream")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Info, tyro.conf.subcommand("info")]
@@ -411,6 +419,7 @@ def run(command: object, console: Console) -> int:
     from jvjepa import adapters, commands  # here, because they import this module
     from jvjepa.features import features_command
     from jvjepa.forecasting import anticipate_command
+    from jvjepa.train.manifest import check_command
 
     name = type(command).__name__
     action = {
@@ -424,7 +433,8 @@ def run(command: object, console: Console) -> int:
         "Anticipate": anticipate_command,
         "Stream": commands.stream,
         "Calibrate": commands.calibrate,
-        "Data": _data,
+        "Train": _train,
+        "Data": check_command,
         "Demo": commands.demo,
         "Info": commands.info,
         "LoraMerge": adapters.merge_command,
@@ -444,7 +454,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 parity not met, 2 bad input, 130 interrupted
         before there was anything to keep.
     """
-    command = tyro.cli(_Command, prog="jvjepa", args=arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:  # its options are those of a package that need not be installed
+        command = Train(arguments=tuple(arguments[1:]))
+    else:
+        command = tyro.cli(_Command, prog="jvjepa", args=arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     before = signal.signal(signal.SIGTERM, _as_interrupt)
@@ -453,8 +467,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"error: {' '.join(_describe(error, command).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted{f': {error}' if error.args else ''}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -467,10 +481,12 @@ def _describe(error: InputError | OSError, command: object) -> str:
     return f"{where}: {error.strerror or error}"
 
 
-def _data(options: Data, console: Console) -> int:
-    from jvjepa.train.manifest import check_command  # jvjepa does not need jvjepa.train otherwise
-
-    return check_command(options, console)
+def _train(options: Train, console: Console) -> int:
+    try:
+        from jvjepa.train import commands
+    except ModuleNotFoundError as error:
+        raise InputError(f"training needs {error.name}: pip install 'jvjepa[train]'") from error
+    return commands.main(options.arguments, console)
 
 
 def _as_interrupt(number: int, frame: types.FrameType | None) -> None:

@@ -12,6 +12,7 @@ from jvjepa.area import Areas, RowAreas
 from jvjepa.attention import Backend, attention
 from jvjepa.config import BlockConfig
 from jvjepa.errors import ConfigError
+from jvjepa.quantization import dequantize, is_quantized
 from jvjepa.typing import Array, DType
 
 _MLP_BLOCK = 1024  # tokens
@@ -22,8 +23,9 @@ kernel_init = nn.initializers.truncated_normal(stddev=0.02)
 class Dense(nn.Module):
     """x @ kernel + bias; with an adapter, + scale · (x @ a) @ b.
 
-    The adapter is what the collection "lora" holds, see `jvjepa.lora`. With an rng "dropout", and
-    where the adapter has a rate, its input is dropped out.
+    The kernel may be one of `jvjepa.quantization`. The adapter is what the collection "lora" holds,
+    see `jvjepa.lora`. With an rng "dropout", and where the adapter has a rate, its input is dropped
+    out.
 
     Args:
         features: output channels.
@@ -38,13 +40,19 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [..., in] to [..., features]."""
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
+        kernel = self._kernel(x.shape[-1])
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x = x.astype(self.dtype)
         y = jnp.matmul(x, kernel.astype(self.dtype))
         y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (self.features,))
         return y + self._adapt(x) if self.has_variable("lora", "a") else y
+
+    def _kernel(self, inputs: int) -> Array:
+        if self.has_variable("params", "kernel"):
+            kernel = self.get_variable("params", "kernel")
+            if is_quantized(kernel):
+                return dequantize(kernel)
+        return self.param("kernel", kernel_init, (inputs, self.features), self.param_dtype)
 
     def _adapt(self, x: Array) -> Array:
         a, b, scale = (self.get_variable("lora", name) for name in ("a", "b", "scale"))

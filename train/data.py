@@ -27,6 +27,7 @@ from absl import flags
 from numpy.typing import NDArray
 
 from jvjepa import video
+from jvjepa.config import EncoderConfig
 from jvjepa.decoding import index_file
 from jvjepa.errors import ConfigError, InputError, VideoError
 from jvjepa.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -94,6 +95,11 @@ class ClipConfig:
             raise ConfigError(f"aspect = {self.aspect}; it must be two numbers above 0, growing")
         if not 0 <= self.flip <= 1:
             raise ConfigError(f"flip = {self.flip}; it must be a probability, 0 to 1")
+
+    def num_tokens(self, encoder: EncoderConfig) -> int:
+        """How many tokens a clip has: N = t·h·w."""
+        side = self.crop_size // encoder.patch_size
+        return max(1, self.num_frames // encoder.tubelet_size) * side**2
 
 
 class Batch(NamedTuple):

@@ -12,6 +12,7 @@ if they lie in folders of it, these are the classes, numbered in the order of th
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -91,6 +92,16 @@ class Manifest:
     def labelled(self) -> bool:
         """Whether the clips have labels."""
         return bool(self.labels[0] != NO_LABEL)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the rows; paths count from the list's folder, so that both can be moved."""
+        folder = os.path.dirname(os.path.abspath(self.source))
+        names = [path if "://" in path else os.path.relpath(path, folder) for path in self.paths]
+        digest = hashlib.sha256("\n".join(names).encode())
+        for column in (self.starts, self.ends, self.labels):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
 
 
 class _Row(NamedTuple):

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
-from jvjepa.typing import Array, Params
+from jvjepa.typing import Array, DType, Params
 
 Loss = Callable[[Params, Params, Params, Any, Array, Array], tuple[Array, dict[str, Array]]]
 Follow = Callable[[Params, Params, Array], Params]
+Evaluate = Callable[[Params, Params, Params], dict[str, float]]
 Feed = Callable[[int, int, int], AbstractContextManager[Iterator[Any]]]
 
 
@@ -61,6 +63,7 @@ class Task:
         best: how to tell the best checkpoint by them; None for none.
         flops: floating-point operations of the matrix products of one clip of a batch, forward and
             backward, for the share of the machine's rate; 0 where nobody has counted.
+        dtype: of the computation, for the same.
     """
 
     name: str
@@ -72,9 +75,10 @@ class Task:
     follow: Follow | None = None
     optimizer: Optimizer
     feed: Feed
-    evaluate: Callable[[Params, Params, Params], dict[str, float]] | None = None
+    evaluate: Evaluate | None = None
     best: Best | None = None
     flops: float = 0.0
+    dtype: DType = jnp.float32
 
 
 class State(NamedTuple):

@@ -1,0 +1,199 @@
+"""Causal LoRA: adapters that repair the encoder for streaming.
+
+The released encoders were trained to see a whole clip. Run causally, as `jvjepa.streaming` does,
+their tokens are others than those that the clip would have given, and the deeper the layer the
+more. The student is the causal encoder with adapters, the teacher the same frozen encoder over the
+whole clip; the student learns to give, from what was before, the features that the teacher gives
+knowing what comes.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from jvjepa.adapters import Adapters, base_sha256
+from jvjepa.encoder import Encoder, forward_flops
+from jvjepa.errors import ConfigError, TrainingError
+from jvjepa.layers import Remat
+from jvjepa.lora import LoraConfig, init_lora, join, split, variables
+from jvjepa.quantization import Kind, quantize
+from jvjepa.train.data import Batch, normalise
+from jvjepa.train.evaluation import Metrics, mean_over
+from jvjepa.train.feeding import DataConfig
+from jvjepa.train.manifest import Manifest
+from jvjepa.train.optimizer import OptimizerConfig, make_optimizer
+from jvjepa.train.regression import RegressionConfig, fidelity, regression_loss
+from jvjepa.train.task import Best, Loss, State, Task
+from jvjepa.typing import Array, Params
+from jvjepa.weights import DTYPES, Model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalLoraConfig:
+    """What is trained, and for which streams.
+
+    Args:
+        lora: which layers get adapters, and of what kind.
+        optimizer: how they change; group patterns see "encoder/blocks/attention/query/a".
+        data: what they learn from; a clip is encoded whole by the teacher.
+        window: tubelets that a token of the student sees, as in the stream that it is for.
+        loss: what counts, and how much.
+        quantize: hold the frozen weights in few bits (QLoRA): "int8", "nf4", or None.
+        dtype: of the computation.
+        remat: what is computed anew for the gradient, see `jvjepa.Encoder`.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=2e-4, warmup_steps=100, weight_decay=0.0, max_norm=1.0
+        )
+    )
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    window: int = 8
+    loss: RegressionConfig = dataclasses.field(default_factory=RegressionConfig)
+    quantize: Kind | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = "none"
+
+    def __post_init__(self) -> None:
+        """Checks every field of its own."""
+        if type(self.window) is not int or self.window < 1:
+            raise ConfigError(f"window = {self.window!r}; it must be 1 tubelet or more")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype = {self.dtype!r}; it must be one of {list(DTYPES)}")
+
+
+def causal_lora_task(
+    model: Model,
+    config: CausalLoraConfig,
+    manifest: Manifest,
+    validation: Manifest | None = None,
+    *,
+    steps: int,
+    seed: int = 0,
+) -> Task:
+    """Sets up the training.
+
+    Args:
+        model: a loaded checkpoint; its weights are read and never changed.
+        config: what to train.
+        manifest: clips to learn from; labels do not matter.
+        validation: clips to measure on, at every checkpoint, and to choose the best one by.
+        steps: updates of the run, for the schedules.
+        seed: of the adapters' initial values.
+
+    Returns:
+        The task; `trained_adapters` makes of its result what can be saved.
+
+    Raises:
+        ConfigError: the adapters or the clips do not fit the model.
+    """
+    encoder = dataclasses.replace(model.encoder, dtype=DTYPES[config.dtype], remat=config.remat)
+    _check(config, model)
+    params = {"encoder": model.params["encoder"]}
+    trained, constants = split(init_lora(params, config.lora, jax.random.key(seed)))
+    base = base_sha256(params, trained)
+    if config.quantize is not None:
+        params = quantize(params, config.quantize)
+    tokens = config.data.clip.num_tokens(encoder.config)
+    evaluate, best = None, None
+    if validation is not None:
+        evaluate = mean_over(_nearness(encoder, config), config.data, validation)
+        best = Best("validation/pooled_cosine", "max")
+    fields = ("lora", "optimizer", "window", "loss", "quantize", "dtype")
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name in fields}
+    return Task(
+        name="causal-lora",
+        record={"base": base, **options, **config.data.record(manifest)},
+        trained=trained,
+        carried={},
+        frozen={"base": params, "constants": constants},
+        loss=make_loss(encoder, config),
+        optimizer=make_optimizer(config.optimizer, trained, steps=steps),
+        feed=config.data.feed(manifest),
+        evaluate=evaluate,
+        best=best,
+        flops=3 * forward_flops(encoder.config, tokens, tokens),  # teacher, student, its gradient
+        dtype=encoder.dtype,
+    )
+
+
+def _check(config: CausalLoraConfig, model: Model) -> None:
+    tubelet = model.config.encoder.tubelet_size
+    frames = config.data.clip.num_frames
+    if frames % tubelet or frames < 2 * tubelet:
+        raise ConfigError(
+            f"num_frames = {frames}; it must be a multiple of {tubelet}, and {2 * tubelet} or more"
+        )
+    if model.encoder.config.has_areas and model.encoder.config.area_temporal_splits > 1:
+        raise ConfigError("the encoder has areas over time, with which it cannot stream")
+
+
+def make_loss(encoder: Encoder, config: CausalLoraConfig) -> Loss:
+    """Builds `Task.loss`: how far the causal student is from the teacher that sees the clip."""
+    dropout = config.lora.dropout > 0
+
+    def loss(
+        trained: Params, carried: Params, frozen: Params, batch: Batch, step: Array, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        video = normalise(batch.video, encoder.dtype)
+        rngs = {"dropout": key} if dropout else None
+        student, teacher = _features(encoder, config.window, trained, frozen, video, rngs)
+        tubelets = video.shape[1] // encoder.config.tubelet_size
+        return regression_loss(config.loss, student, teacher, tubelets)
+
+    return loss
+
+
+def _features(
+    encoder: Encoder,
+    window: int,
+    trained: Params,
+    frozen: Params,
+    video: Array,
+    rngs: dict[str, Array] | None = None,
+) -> tuple[Array, Array]:
+    """Tokens of the student and of the teacher, [B, N, D] each."""
+    base, lora = frozen["base"]["encoder"], join(trained, frozen["constants"])["encoder"]
+    teacher = encoder.apply({"params": base}, video)
+    student = encoder.apply(variables(base, lora), video, window=window, rngs=rngs)
+    return student, jax.lax.stop_gradient(teacher)
+
+
+def _nearness(encoder: Encoder, config: CausalLoraConfig) -> Metrics:
+    """Builds the metrics of a validation: how near the student is to the teacher."""
+
+    def near(trained: Params, frozen: Params, batch: Batch) -> dict[str, Array]:
+        video = normalise(batch.video, encoder.dtype)
+        features = _features(encoder, config.window, trained, frozen, video)
+        values = fidelity(*features, video.shape[1] // encoder.config.tubelet_size)
+        return {f"validation/{name}": value for name, value in values.items()}
+
+    return near
+
+
+def trained_adapters(model: Model, config: CausalLoraConfig, task: Task, state: State) -> Adapters:
+    """Makes adapters of what was trained, to be saved with `jvjepa.adapters.save_adapters`.
+
+    Args:
+        model: that the task was made of.
+        config: that it was made with.
+        task: what was trained.
+        state: its result.
+
+    Returns:
+        The adapters, tied to the model's weights.
+
+    Raises:
+        TrainingError: the model's weights are no longer those that the task was made with.
+    """
+    lora = join(jax.device_get(state.trained), jax.device_get(task.frozen["constants"]))
+    base = base_sha256(model.params, lora)
+    if base != task.record["base"]:
+        raise TrainingError(f"the weights have changed: {base}, and were {task.record['base']}")
+    return Adapters(config=config.lora, base=base, lora=lora)
