@@ -6,6 +6,7 @@ is given on the command line counts more.
 """
 
 import dataclasses
+import functools
 import runpy
 from collections.abc import Sequence
 from importlib import resources
@@ -16,19 +17,36 @@ import jax
 import tyro
 from rich.console import Console
 
+from jvjepa import registry
 from jvjepa.adapters import save_adapters
 from jvjepa.area import parse_areas
 from jvjepa.attention import Backend
+from jvjepa.config import ModelConfig
 from jvjepa.errors import ConfigError, InputError
+from jvjepa.recording import save_json
 from jvjepa.train.causal_lora import CausalLoraConfig, causal_lora_task, trained_adapters
+from jvjepa.train.data import ClipConfig
 from jvjepa.train.distill import DistillConfig, distill_task, student
 from jvjepa.train.distributed import Processes, whole
+from jvjepa.train.feature_cache import Features, open_or_make
 from jvjepa.train.finetune import FinetuneConfig, finetune_task, finetuned, with_classifier
-from jvjepa.train.loop import LoopConfig, best_state, train
+from jvjepa.train.frozen_features import FeatureConfig, FeaturePool, Stored, StreamConfig
+from jvjepa.train.loop import LoopConfig, best_state, latest_state, train
 from jvjepa.train.manifest import Manifest, read_manifest
+from jvjepa.train.neighbours import NeighbourConfig, neighbour_accuracy
 from jvjepa.train.optimizer import ParameterGroup, freeze_first
+from jvjepa.train.pretrain import PretrainConfig, pretrain_task, pretrained
+from jvjepa.train.probe import (
+    ProbeConfig,
+    accuracy_over_time,
+    attach_probe,
+    probe_result,
+    probe_steps,
+    probe_task,
+)
 from jvjepa.train.task import State, Task
-from jvjepa.weights import Model, load, save
+from jvjepa.typing import Params
+from jvjepa.weights import Model, load, read_record, save
 
 _Positional = tyro.conf.Positional
 _Flat = tyro.conf.arg(name="")
@@ -36,10 +54,8 @@ _Flat = tyro.conf.arg(name="")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What all kinds of training have."""
+    """What all kinds of training have, beside OUT, the folder of the run."""
 
-    out: _Positional[Path]
-    """The folder of the run to make: run.json, metrics.jsonl, checkpoints, and what was trained."""
     validation: Path | None = None
     """A manifest to measure on at every checkpoint; what is kept at the end is the best then."""
     resume: bool = False
@@ -67,6 +83,8 @@ class _OfModel(_Run):
     """A converted folder."""
     manifest: _Positional[Path]
     """The clips: a folder of videos; a .jsonl; or lines of path,start,end,label or path label."""
+    out: _Positional[Path]
+    """The folder of the run to make: run.json, metrics.jsonl, checkpoints, and what was trained."""
     attention: Backend = "auto"
     """Attention backend."""
     area: str | None = None
@@ -145,6 +163,163 @@ class Finetune(_OfModel):
         return 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe(_OfModel):
+    """Train a grid of classifiers on frozen features: OUT/model, OUT/probe.json; --validation."""
+
+    lora: Path | None = None
+    """Adapters to merge into the weights first."""
+    clip: ClipConfig = dataclasses.field(
+        default_factory=lambda: ClipConfig(temporal="uniform", spatial="centre")
+    )
+    """How clips are taken out of videos; for validation always the middle."""
+    window: int | None = None
+    """Encode tubelet by tubelet, as a stream with so many in its window."""
+    pool: FeaturePool = "none"
+    """Which means of the tokens are kept; heads see these."""
+    layers: tuple[int, ...] = ()
+    """Layers whose tokens are seen one after the other; by default the last."""
+    stored: Stored = "float32"
+    """Dtype of the features on disk, OUT/features."""
+    workers: int = 0
+    """Processes that read ahead."""
+    config: Annotated[ProbeConfig, tyro.conf.arg(name="probe")] = dataclasses.field(
+        default_factory=ProbeConfig
+    )
+
+    def run(self, console: Console) -> int:
+        """Encodes, trains and saves."""
+        manifest, validation = self.manifests()
+        if validation is None:
+            raise InputError("--validation: the heads are compared on it; it must be given")
+        areas = parse_areas(self.area, self.area_layers)
+        model = load(self.model, attention=self.attention, areas=areas, lora=self.lora)
+        training, testing = (
+            self._features(name, model, some, clip, console)
+            for name, some, clip in (
+                ("training", manifest, self.clip),
+                ("validation", validation, _middle(self.clip)),
+            )
+        )
+        steps = probe_steps(self.config, training)
+        per_epoch = steps // self.config.epochs
+        loop = dataclasses.replace(
+            self.loop, steps=steps, seed=self.config.seed, save_every=per_epoch
+        )
+        task = probe_task(self.config, training, testing)
+        train(task, loop, self.out / "run", resume=self.resume, console=console)
+        step, state = best_state(task, loop, self.out / "run")
+        result = probe_result(self.config, training, task, state.trained)
+        record = {
+            "accuracy": result.accuracy,
+            "step": step,
+            "learning_rate": result.learning_rate,
+            "weight_decay": result.weight_decay,
+            "neighbours": neighbour_accuracy(NeighbourConfig(), training, testing),
+        }
+        if self.window is not None and self.pool != "clip":
+            record["accuracy_over_time"] = accuracy_over_time(result, testing).tolist()
+        save_json(self.out / "probe.json", record)
+        for name, value in record.items():
+            console.print(f"{name}: {value}")
+        whole_clips = self.window is None and self.pool == "none" and self.config.sees != "tubelet"
+        if self.config.kind == "attentive" and whole_clips:
+            labels = manifest.classes or tuple(map(str, range(result.heads.classes)))
+            save(self.out / "model", attach_probe(model, result, labels), force=True)
+            console.print(f"model: {self.out / 'model'}, for jvjepa classify")
+        return 0
+
+    def _features(
+        self, name: str, model: Model, manifest: Manifest, clip: ClipConfig, console: Console
+    ) -> Features:
+        config = FeatureConfig(
+            views=(clip,),
+            stream=None if self.window is None else StreamConfig(window=self.window),
+            pool=self.pool,
+            layers=self.layers,
+            dtype=self.stored,
+        )
+        folder = self.out / "features" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        how = {"batch_size": 8, "workers": self.workers, "console": console}
+        return open_or_make(folder, model, manifest, config, **how)
+
+
+def _middle(clip: ClipConfig) -> ClipConfig:
+    return dataclasses.replace(clip, temporal="uniform", spatial="centre")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrain(_Run):
+    """Pretrain V-JEPA 2 or 2.1 on videos without labels: OUT/model has teacher and predictor."""
+
+    model: _Positional[str]
+    """The architecture: the name of a release; a config.json; or a converted folder, to begin with
+    its weights."""
+    manifest: _Positional[Path]
+    """The clips: a folder of videos; a .jsonl; or lines of path,start,end,label or path label."""
+    out: _Positional[Path]
+    """The folder of the run to make: run.json, metrics.jsonl, checkpoints, and what was trained."""
+    pictures: Path | None = None
+    """A manifest of videos that single frames are taken of, as pictures (V-JEPA 2.1)."""
+    pictures_batch: int = 8
+    """Pictures of a batch, over all processes."""
+    cooldown: Path | None = None
+    """The folder of a run of the same architecture, whose newest student and teacher to begin with.
+    """
+    area: str | None = None
+    """Area attention, SPATIALxTEMPORAL splits as 2x2."""
+    area_layers: str | None = None
+    """START:END of the layers that have it, as 0:18; by default the first three quarters."""
+    config: Annotated[PretrainConfig, _Flat, tyro.conf.AvoidSubcommands] = dataclasses.field(
+        default_factory=PretrainConfig
+    )
+
+    def run(self, console: Console) -> int:
+        """Trains and saves."""
+        if self.validation is not None:
+            raise InputError("--validation: there is none in pretraining; train a probe afterwards")
+        config, given = self._architecture()
+        steps, seed, options = self.loop.steps, self.loop.seed, self.config
+        pictures = None
+        if self.pictures is not None:
+            pictures = read_manifest(self.pictures)
+            clip = dataclasses.replace(options.data.clip, num_frames=1)
+            images = dataclasses.replace(options.data, clip=clip, batch_size=self.pictures_batch)
+            options = dataclasses.replace(options, images=images)
+        make = functools.partial(
+            pretrain_task, config, options, read_manifest(self.manifest), pictures
+        )
+        task = make(steps=steps, seed=seed, **given)
+        if self.cooldown is not None:
+            state = latest_state(task, self.loop, self.cooldown)
+            teacher = state.carried["encoder"]
+            task = make(steps=steps, seed=seed, params=state.trained, teacher=teacher)
+        state = self.train(task, console)
+        if jax.process_index() == 0:
+            save(self.out / "model", pretrained(config, state), force=True)
+            console.print(f"model: {self.out / 'model'}")
+        return 0
+
+    def _architecture(self) -> tuple[ModelConfig, dict[str, Params]]:
+        """The model to train, and the weights to begin with, if there are some."""
+        given: dict[str, Params] = {}
+        path = Path(self.model)
+        if path.is_dir():
+            model = load(path)
+            config, given = model.config, {"params": model.params}
+        elif path.suffix == ".json":
+            config, _ = read_record(path.parent)
+        else:
+            config = registry.get(self.model).config
+        areas = parse_areas(self.area, self.area_layers)
+        clip = self.config.data.clip
+        sizes = {"crop_size": clip.crop_size, "frames_per_clip": clip.num_frames}
+        encoder = dataclasses.replace(config.encoder, **sizes)
+        encoder = encoder if areas is None else areas.of(encoder)
+        return ModelConfig(encoder=encoder, predictor=config.predictor), given
+
+
 def _frozen_first(config: FinetuneConfig, share: float, num_layers: int) -> FinetuneConfig:
     groups = config.optimizer.groups or (ParameterGroup(pattern=".*"),)
     groups = (freeze_first(share, num_layers), *groups)
@@ -152,7 +327,13 @@ def _frozen_first(config: FinetuneConfig, share: float, num_layers: int) -> Fine
     return dataclasses.replace(config, optimizer=optimizer)
 
 
-_KINDS = {"causal-lora": CausalLora, "distill": Distill, "finetune": Finetune}
+_KINDS = {
+    "causal-lora": CausalLora,
+    "distill": Distill,
+    "finetune": Finetune,
+    "pretrain": Pretrain,
+    "probe": Probe,
+}
 
 
 def main(arguments: Sequence[str], console: Console) -> int:

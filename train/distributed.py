@@ -1,13 +1,22 @@
-"""Several processes as one run: how they find each other, and what they share."""
+"""Several processes as one run: how they find each other, what they share, and how they end."""
 
+import contextlib
 import dataclasses
-from typing import Any
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jvjepa.errors import ConfigError, TrainingError
+from jvjepa.errors import ConfigError, InputError, TrainingError
+
+_LAST = 3.0  # seconds that process 0 ends after the others: JAX aborts them as soon as it is gone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,15 +29,17 @@ class Processes:
         coordinator: host:port where process 0 can be reached.
         processes: how many there are.
         process: which one this is, from 0.
+        patience: seconds to wait until all are there, 1 or more.
 
     Raises:
-        ConfigError: some are given and some are not.
+        ConfigError: some are given and some are not, or a value is impossible.
     """
 
     distributed: bool = False
     coordinator: str | None = None
     processes: int | None = None
     process: int | None = None
+    patience: int = 300
 
     def __post_init__(self) -> None:
         """Checks that all or none are given."""
@@ -37,6 +48,17 @@ class Processes:
             raise ConfigError("give coordinator, processes and process, or none of them")
         if any(given) and not self.distributed:
             raise ConfigError("coordinator, processes and process go with distributed")
+        if all(given):
+            host, colon, port = self.coordinator.rpartition(":")
+            if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
+                raise ConfigError(f"coordinator = {self.coordinator!r}; it must be host:port")
+            if type(self.processes) is not int or self.processes < 1:
+                raise ConfigError(f"processes = {self.processes!r}; it must be 1 or more")
+            if type(self.process) is not int or not 0 <= self.process < self.processes:
+                right = f"0 to {self.processes - 1}"
+                raise ConfigError(f"process = {self.process!r}; it must be {right}")
+        if type(self.patience) is not int or self.patience < 1:
+            raise ConfigError(f"patience = {self.patience!r}; it must be 1 s or more")
 
     def join(self) -> None:
         """Waits until all processes are there; does nothing for a single one.
@@ -46,11 +68,65 @@ class Processes:
         """
         if not self.distributed:
             return
+        failures: list[Exception] = []
+
+        def wait() -> None:
+            where = (self.coordinator, self.processes, self.process)
+            try:
+                # Its own timeout aborts the program, so that it gets one that is never reached.
+                jax.distributed.initialize(*where, initialization_timeout=2 * self.patience + 60)
+                jax.devices()  # of all processes: they must be there for this, too
+            except (ValueError, RuntimeError) as error:
+                failures.append(error)
+
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        waiting.join(self.patience)
+        where = "" if self.coordinator is None else f" at {self.coordinator}"
+        count = "all" if self.processes is None else f"all {self.processes}"
+        if waiting.is_alive():
+            reason = f"waited {self.patience} s for {count}{where}; have all been started?"
+            raise TrainingError(f"the processes do not find each other: {reason}")
+        if failures:
+            reason = str(failures[0]).strip().partition("\n")[0]
+            raise TrainingError(f"the processes do not find each other{where}: {reason}")
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Joins, and sees to it that no process waits for others that will never come.
+
+        With several processes, an error inside ends this one at once, after a line on stderr, with
+        the exit codes of `jvjepa.cli.main`. Otherwise JAX would wait at the end of the program for
+        the others, which may be dead, or wait for this one themselves.
+        """
+        if not self.distributed:
+            yield
+            return
+        index = 0
         try:
-            jax.distributed.initialize(self.coordinator, self.processes, self.process)
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise TrainingError(f"the processes do not find each other: {reason}") from error
+            self.join()
+            index = jax.process_index()
+            yield
+        except SystemExit:
+            raise
+        except BaseException as error:
+            _leave(error, index)
+
+
+def _leave(error: BaseException, index: int) -> NoReturn:
+    """Ends the process without what Python and JAX do at the end of a program."""
+    if isinstance(error, KeyboardInterrupt):
+        text, code = f"interrupted{f': {error}' if error.args else ''}", 130
+    elif isinstance(error, InputError | OSError):
+        text, code = f"error: {' '.join(str(error).split())}", 2
+    else:
+        text, code = "".join(traceback.format_exception(error)), 1
+    print(f"process {index}: {text}", file=sys.stderr)
+    if index == 0:
+        time.sleep(_LAST)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def whole(tree: Any) -> Any:

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jvjepa.errors import TrainingError
+
 
 class Interruption:
     """Takes in SIGINT and SIGTERM while its `with` block lasts; a second one acts at once.
@@ -21,10 +23,18 @@ class Interruption:
         self._before: dict[int, object] = {}
 
     def wanted(self) -> bool:
-        """Whether one of them came, to any process; all processes have to ask equally often."""
+        """Whether one of them came, to any process; all processes have to ask equally often.
+
+        Raises:
+            TrainingError: another process has died.
+        """
         if jax.process_count() == 1:
             return self._came
-        return bool(np.any(multihost_utils.process_allgather(np.array(self._came))))
+        try:
+            return bool(np.any(multihost_utils.process_allgather(np.array(self._came))))
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise TrainingError(f"another process of the run has died ({reason})") from error
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():

@@ -166,6 +166,24 @@ def best_state(task: Task, config: LoopConfig, folder: str | Path) -> tuple[int,
         return step, checkpoints.restore(_abstract(task, make_mesh(config.mesh)), step)
 
 
+def latest_state(task: Task, config: LoopConfig, folder: str | Path) -> State:
+    """Reads the newest state of a run.
+
+    Args:
+        task: of the run, or one whose state has the same arrays.
+        config: how it is run now.
+        folder: of the run.
+
+    Returns:
+        The state on the devices.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or its arrays are others.
+    """
+    with Checkpoints(Path(folder) / CHECKPOINTS, read_only=True) as checkpoints:
+        return checkpoints.restore(_abstract(task, make_mesh(config.mesh)))
+
+
 def begin(task: Task) -> State:
     """The state before the first update; the arrays are those of the task."""
     zero = jnp.zeros((), jnp.int32)

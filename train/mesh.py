@@ -17,6 +17,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -133,7 +134,7 @@ def put(tree: Any, places: Any, *, copy: bool = False) -> Any:
     Args:
         tree: of arrays of numpy or JAX.
         places: the sharding of each.
-        copy: share no memory with `tree`, so that the result may be donated.
+        copy: share no memory, with `tree` or within it, so that the result may be donated.
 
     Returns:
         The tree on the devices.
@@ -141,9 +142,12 @@ def put(tree: Any, places: Any, *, copy: bool = False) -> Any:
 
     def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if jax.process_count() == 1:
-            return jax.device_put(leaf, sharding, may_alias=not copy)
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+            placed = jax.device_put(leaf, sharding)
+        else:
+            whole = np.asarray(leaf)
+            placed = jax.make_array_from_callback(whole.shape, sharding, lambda i: whole[i])
+        # device_put(may_alias=False) shares buffers where an array is divided over several devices.
+        return jnp.copy(placed) if copy else placed
 
     return jax.tree.map(place, tree, places)
 

@@ -1,0 +1,842 @@
+import dataclasses
+import functools
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from evaluation import reference_logits
+from models import compiled, random_params, relative_error, tiny_config, tiny_model
+
+from jvjepa import Encoder
+from jvjepa.adapters import weights_sha256
+from jvjepa.classification import classify
+from jvjepa.config import EncoderConfig, ModelConfig
+from jvjepa.errors import ConfigError, InputError
+from jvjepa.train.data import ClipConfig, normalise, read_clip
+from jvjepa.train.feature_cache import Features, open_or_make
+from jvjepa.train.frozen_features import FeatureConfig, StreamConfig
+from jvjepa.train.manifest import DataError, read_manifest
+from jvjepa.train.neighbours import (
+    NeighbourConfig,
+    mean_features,
+    neighbour_accuracy,
+    votes,
+)
+from jvjepa.train.probe import (
+    ProbeResult,
+    accuracy_over_time,
+    attach_probe,
+    fold_linear,
+    probe_result,
+    probe_steps,
+    probe_task,
+)
+from jvjepa.train.probe_heads import Heads, ProbeConfig, probabilities, sample_tokens
+from jvjepa.train.synthetic import SyntheticConfig, write_videos
+from jvjepa.train.task import Task
+from jvjepa.typing import Params
+from jvjepa.weights import Model, Source, load, save
+
+ENCODER = tiny_config(head_width=12, num_heads=2, num_layers=1, crop_size=32)  # D = 24
+WIDTH = ENCODER.hidden_size
+CLIP = ClipConfig(num_frames=4, crop_size=32, temporal="uniform", spatial="centre")
+MIRRORED = dataclasses.replace(CLIP, spatial="random", flip=1.0)
+ATTENTIVE = ProbeConfig(
+    num_layers=1,
+    num_heads=3,
+    learning_rates=(3e-3, 1e-3),
+    weight_decays=(0.01, 0.8),
+    epochs=2,
+    batch_size=4,
+)
+PAIR = dataclasses.replace(ATTENTIVE, learning_rates=(3e-3,))
+LINEAR = dataclasses.replace(ATTENTIVE, kind="linear", learning_rates=(0.1, 0.01))
+
+
+def cache(
+    values: np.ndarray,
+    labels: np.ndarray | list[int],
+    *,
+    config: FeatureConfig | None = None,
+    encoder: EncoderConfig = ENCODER,
+    name: str = "list.csv",
+) -> Features:
+    """Features [rows, views, clips, t, n, D] that no encoder made."""
+    views = (CLIP, MIRRORED)[: values.shape[1]]
+    config = config or FeatureConfig(
+        views=tuple(dataclasses.replace(view, clips=values.shape[2]) for view in views)
+    )
+    return Features(
+        values=values,
+        labels=np.asarray(labels, np.int32),
+        ids=np.arange(len(values), dtype=np.int32),
+        config=config,
+        encoder=encoder,
+        source=name,
+        classes=(),
+        bad={},
+        made_of={"encoder": "e" * 64},
+    )
+
+
+def random_cache(
+    rows: int = 10, shape: tuple[int, ...] = (1, 1, 2, 3), classes: int = 3, seed: int = 0
+) -> Features:
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(rows, *shape, WIDTH)) + rng.normal(size=WIDTH)
+    return cache(values.astype(np.float32), np.arange(rows) % classes)
+
+
+def separable(rows: int, seed: int) -> Features:
+    """Three classes; each has a direction, which the tokens of the second tubelet have."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(rows, 1, 1, 2, 3, WIDTH)) * 0.5
+    labels = np.arange(rows) % 3
+    directions = np.random.default_rng(99).normal(size=(3, WIDTH))
+    values[:, 0, 0, 1] += directions[labels][:, None]
+    return cache(values.astype(np.float32), labels)
+
+
+def run(task: Task, steps: int, change: Any = None) -> tuple[Params, list[dict[str, Any]]]:
+    """Trains without the loop: the parameters, and what each step reported."""
+
+    @jax.jit
+    def step(trained: Params, state: Any, batch: Any, number: Any) -> Any:
+        def loss(trained: Params) -> Any:
+            return task.loss(trained, {}, task.frozen, batch, number, jax.random.key(0))
+
+        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
+        updates, state = task.optimizer.transform.update(gradients, state, trained)
+        return optax.apply_updates(trained, updates), state, {"loss": value, **metrics}
+
+    trained = task.trained if change is None else change(task.trained)
+    state, reports = task.optimizer.transform.init(trained), []
+    with task.feed(0, 0, 1) as batches:
+        for number, batch in zip(range(steps), batches, strict=False):
+            trained, state, metrics = step(trained, state, batch, jnp.asarray(number))
+            reports.append(jax.device_get(metrics))
+    return trained, reports
+
+
+def head(params: Params, i: int) -> Params:
+    return jax.tree.map(lambda leaf: leaf[i : i + 1], params)
+
+
+# The grid
+
+
+@pytest.mark.parametrize("config", [PAIR, LINEAR], ids=["attentive", "linear"])
+def test_a_grid_is_what_its_heads_are_alone(config: ProbeConfig) -> None:
+    training = random_cache()
+    grid = probe_task(config, training, training)
+    together, reports = run(grid, 4)
+
+    losses = []
+    for i, (rate, decay) in enumerate(config.grid):
+        one = dataclasses.replace(config, learning_rates=(rate,), weight_decays=(decay,))
+        task = probe_task(one, training, training)
+        alone, its = run(task, 4, lambda _, i=i: head(grid.trained, i))
+        losses.append([float(report["loss"]) for report in its])
+        for leaf, other in zip(
+            jax.tree.leaves(head(together, i)), jax.tree.leaves(alone), strict=True
+        ):
+            np.testing.assert_allclose(leaf, other, rtol=0, atol=2e-5)
+    losses = np.array(losses)
+    for name, right in (
+        ("loss", losses.sum(axis=0)),
+        ("best_loss", losses.min(axis=0)),
+        ("mean_loss", losses.mean(axis=0)),
+    ):
+        assert relative_error([report[name] for report in reports], right) <= 1e-5
+    assert all(report["finite_heads"] == len(config.grid) for report in reports)
+    assert len(set(np.round(losses[:, 0], 5))) == len(
+        config.grid
+    )  # heads begin with weights of their own
+
+
+def test_adamw_is_that_of_torch_with_the_schedule_of_meta() -> None:
+    training = random_cache(rows=12)
+    config = dataclasses.replace(LINEAR, learning_rates=(0.02, 0.005))
+    task = probe_task(config, training, training)
+    steps = probe_steps(config, training)
+    assert steps == 6
+    ours, _ = run(task, steps)
+
+    means = training.values.astype(np.float64).mean(axis=(1, 2, 3, 4))
+    x = torch.tensor((means - means.mean(axis=0)) / means.std(axis=0))
+    with task.feed(0, 0, 1) as feed:
+        batches = [next(feed) for _ in range(steps)]
+    rows = [[_row(training, tokens) for tokens in batch.tokens] for batch in batches]
+    for i, (rate, decay) in enumerate(config.grid):
+        start = jax.tree.map(lambda leaf, i=i: torch.tensor(np.asarray(leaf[i], np.float64)),
+                             task.trained["heads"])  # fmt: skip
+        weights = [start["kernel"].requires_grad_(), start["bias"].requires_grad_()]
+        optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
+        for number, chosen in enumerate(rows, 1):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * number / steps))
+            optimizer.zero_grad()
+            logits = x[chosen] @ weights[0] + weights[1]
+            torch.nn.functional.cross_entropy(logits, torch.tensor(chosen) % 3).backward()
+            optimizer.step()
+        for name, right in zip(("kernel", "bias"), weights, strict=True):
+            assert relative_error(ours["heads"][name][i], right.detach().numpy()) <= 1e-5
+    rates = [float(task.optimizer.schedules["learning_rate"](i)) for i in range(steps)]
+    right = [0.02 * 0.5 * (1 + math.cos(math.pi * n / steps)) for n in range(1, steps + 1)]
+    np.testing.assert_allclose(rates, right, atol=1e-8)
+
+
+def _row(features: Features, tokens: np.ndarray) -> int:
+    flat = features.values.reshape(len(features), -1)
+    return int(np.flatnonzero((flat == tokens.reshape(-1)).all(axis=1))[0])
+
+
+@pytest.mark.parametrize("kind", ["attentive", "linear"])
+def test_what_can_be_told_apart_is_learned(kind: str) -> None:
+    rates = {"attentive": (3e-3, 1e-6), "linear": (0.03, 1e-6)}[kind]
+    config = dataclasses.replace(
+        ATTENTIVE, kind=kind, epochs=5, batch_size=16, learning_rates=rates, weight_decays=(0.01,)
+    )
+    training, validation = separable(96, 0), separable(30, 1)
+    task = probe_task(config, training, validation)
+    before = task.evaluate(task.trained, {}, task.frozen)
+    trained, _ = run(task, probe_steps(config, training))
+    values = task.evaluate(trained, {}, task.frozen)
+
+    assert before["accuracy"] < 0.7
+    assert values["accuracy"] == values["accuracy/head_00"] == 1.0
+    assert values["accuracy/head_01"] < 0.9  # hardly trained
+    assert task.best == ("accuracy", "max")
+    result = probe_result(config, training, task, trained)
+    assert (result.head, result.learning_rate, result.accuracy) == (0, rates[0], 1.0)
+    assert set(values) == {"accuracy", "accuracy/head_00", "accuracy/head_01"}
+
+
+@pytest.mark.parametrize("config", [PAIR, LINEAR], ids=["attentive", "linear"])
+def test_a_head_that_diverges_stops_no_other(config: ProbeConfig) -> None:
+    training = random_cache()
+    task = probe_task(config, training, training)
+
+    def broken(trained: Params) -> Params:
+        def put(leaf: jax.Array) -> jax.Array:
+            return leaf.at[1].set(jnp.inf) if leaf.ndim == 2 else leaf  # the biases of a head
+
+        return jax.tree.map(put, trained)
+
+    fine, _ = run(task, 2)
+    some, reports = run(task, 2, broken)
+    for i in [i for i in range(len(config.grid)) if i != 1]:
+        for leaf, other in zip(
+            jax.tree.leaves(head(some, i)), jax.tree.leaves(head(fine, i)), strict=True
+        ):
+            np.testing.assert_array_equal(leaf, other)
+    assert all(report["finite_heads"] == len(config.grid) - 1 for report in reports)
+    assert all(np.isfinite([*report.values()]).all() for report in reports)
+    values = task.evaluate(some, {}, task.frozen)
+    assert values["accuracy/head_01"] == 0.0
+
+    every = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), task.trained)
+    _, [report] = run(task, 1, lambda _: every)
+    assert np.isnan(report["loss"])
+    assert report["finite_heads"] == 0
+
+
+def test_initial_weights() -> None:
+    config = dataclasses.replace(ATTENTIVE, num_layers=3)
+    encoder = tiny_config(head_width=24, num_heads=4)
+    heads = Heads(config=config, encoder=encoder, features=FeatureConfig(views=(CLIP,)), classes=5)
+    params = heads.init()
+
+    again = dataclasses.replace(heads, config=dataclasses.replace(config, seed=1)).init()
+    assert not np.array_equal(params["linear"]["kernel"], again["linear"]["kernel"])
+    np.testing.assert_array_equal(heads.init()["linear"]["kernel"], params["linear"]["kernel"])
+    blocks = params["pooler"]["blocks"]
+    assert blocks["attention"]["query"]["kernel"].shape == (4, 3, 96, 96)
+    cross = params["pooler"]["cross_attention"]
+    for layer, wanted in (
+        *((blocks["attention"][name], [1, 1, 1]) for name in ("query", "key", "value")),
+        (blocks["mlp"]["fc1"], [1, 1, 1]),
+        (blocks["attention"]["proj"], [2, 4, 6]),
+        (blocks["mlp"]["fc2"], [2, 4, 6]),
+        (cross["attention"]["value"], 1),
+        (cross["mlp"]["fc1"], 1),
+        (cross["mlp"]["fc2"], 6),
+    ):
+        found = layer["kernel"].std(axis=(0, -2, -1))
+        np.testing.assert_allclose(found, 0.02 / np.sqrt(wanted), rtol=0.02)
+        assert not layer["bias"].any()
+    assert 0.018 < params["pooler"]["query_tokens"].std() < 0.022
+    np.testing.assert_array_equal(blocks["norm1"]["scale"], 1)
+    fewer = dataclasses.replace(config, weight_decays=(0.01,), learning_rates=(3e-3,))
+    fewer = dataclasses.replace(heads, config=fewer).init()
+    np.testing.assert_array_equal(fewer["pooler"]["query_tokens"][0],
+                                  params["pooler"]["query_tokens"][0])  # fmt: skip
+    bound = 1 / math.sqrt(96)
+    assert 0.95 * bound < jnp.abs(params["linear"]["kernel"]).max() <= bound
+    linear = dataclasses.replace(heads, config=dataclasses.replace(config, kind="linear"))
+    shapes = {name: leaf.shape for name, leaf in linear.init().items()}
+    assert shapes == {"kernel": (4, 96, 5), "bias": (4, 5)}
+    assert linear.init()["bias"].any()
+
+
+@pytest.mark.parametrize("sees", ["view", "clip", "tubelet"])
+def test_statistics(sees: str) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(150, 2, 2, 2, 3, WIDTH)) * np.linspace(0.01, 3, WIDTH) + 50
+    values[..., 7] = 50.123
+    training = cache(values.astype(np.float32), np.arange(150) % 2)
+    config = dataclasses.replace(LINEAR, sees=sees)
+    task = probe_task(config, training, training)
+
+    means = sample_tokens(training.values.astype(np.float64), sees).mean(axis=2)
+    means = means.reshape(-1, WIDTH)
+    assert relative_error(task.frozen["mean"], means.mean(axis=0)) <= 1e-6
+    std = means.std(axis=0)
+    std[7] = 1
+    np.testing.assert_allclose(task.frozen["std"], std, rtol=1e-5)
+
+
+# Batches
+
+
+def batches(task: Task, count: int, step: int = 0, index: int = 0, of: int = 1) -> list[Any]:
+    with task.feed(step, index, of) as feed:
+        return list(itertools.islice(feed, count))
+
+
+def numbered(rows: int = 11, shape: tuple[int, ...] = (2, 3, 2, 1)) -> Features:
+    """Every token is its own number."""
+    values = np.arange(rows * math.prod(shape), dtype=np.float32).reshape(rows, *shape, 1)
+    return cache(np.repeat(values, WIDTH, axis=-1), np.arange(rows) % 4)
+
+
+@pytest.mark.parametrize("sees", ["view", "clip", "tubelet"])
+def test_every_epoch_sees_every_video_once(sees: str) -> None:
+    training = numbered()
+    config = dataclasses.replace(LINEAR, batch_size=5, sees=sees)
+    task = probe_task(config, training, training)
+    found = batches(task, 40)
+
+    samples = sample_tokens(training.values, sees)
+    length = samples.shape[2]
+    assert {batch.tokens.shape for batch in found} == {(5, length, WIDTH)}
+    rows = [[int(first // 12) for first in batch.tokens[:, 0, 0]] for batch in found]
+    for batch, its in zip(found, rows, strict=True):
+        np.testing.assert_array_equal(batch.labels, np.array(its) % 4)
+        assert batch.labels.dtype == np.int32
+        for tokens, row in zip(batch.tokens, its, strict=True):
+            assert any(np.array_equal(tokens, sample) for sample in samples[row])
+    epochs = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    assert all(len(set(epoch)) == 10 for epoch in epochs)  # the eleventh fills no batch
+    assert len({tuple(epoch) for epoch in epochs}) == 20
+    drawn = {float(batch.tokens[i, 0, 0]) for batch in found for i in range(5)}
+    assert len(drawn) > 0.6 * 11 * samples.shape[1]  # each sample has its turn
+
+
+def test_a_run_goes_on_where_it_was() -> None:
+    task = probe_task(dataclasses.replace(LINEAR, batch_size=4), numbered(), numbered())
+    whole = batches(task, 9)
+    for step in (1, 2, 5):
+        for one, other in zip(batches(task, 3, step), whole[step:], strict=False):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_array_equal(one.labels, other.labels)
+    other = probe_task(dataclasses.replace(LINEAR, seed=1), numbered(), numbered())
+    assert not np.array_equal(batches(other, 1)[0].tokens, whole[0].tokens)
+
+
+def test_processes_share_a_batch() -> None:
+    task = probe_task(dataclasses.replace(LINEAR, batch_size=4), numbered(), numbered())
+    whole, parts = batches(task, 3), [batches(task, 3, 0, i, 2) for i in range(2)]
+    for batch, one, other in zip(whole, *parts, strict=True):
+        np.testing.assert_array_equal(batch.tokens[::2], one.tokens)
+        np.testing.assert_array_equal(batch.tokens[1::2], other.tokens)
+    odd = probe_task(dataclasses.replace(LINEAR, batch_size=5), numbered(), numbered())
+    with pytest.raises(InputError, match=r"batch_size = 5; .* multiple of the 2 processes"):
+        batches(odd, 1, 0, 0, 2)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("sees", ["view", "clip", "tubelet"])
+@pytest.mark.parametrize("kind", ["attentive", "linear"])
+def test_probabilities_are_averaged_over_what_is_not_seen_together(kind: str, sees: str) -> None:
+    config = dataclasses.replace(ATTENTIVE, kind=kind, sees=sees, weight_decays=(0.1,))
+    training = random_cache(shape=(2, 2, 2, 3), rows=7)
+    task = probe_task(config, training, training)
+    heads = Heads(config=config, encoder=ENCODER, features=training.config, classes=3)
+    values = training.values[:2]
+    params = jax.tree.map(lambda leaf: leaf * 3, task.trained["heads"])  # not all 1 / 3
+    found = probabilities(heads, params, task.frozen, jnp.asarray(sample_tokens(values, sees)))
+
+    cut = {
+        "view": [(slice(v, v + 1), slice(None), slice(None)) for v in range(2)],
+        "clip": [(v, slice(c, c + 1), slice(None)) for v in range(2) for c in range(2)],
+        "tubelet": [(v, c, t) for v in range(2) for c in range(2) for t in range(2)],
+    }[sees]
+    assert found.shape == (2, 2, 3)
+    for g, row in itertools.product(range(2), range(2)):
+        its = jax.tree.map(lambda leaf, g=g: np.asarray(leaf[g], np.float64), params)
+        answers = []
+        for place in cut:
+            tokens = values[(row, *place)].reshape(-1, WIDTH).astype(np.float64)
+            if kind == "attentive":
+                logits = reference_logits(heads.classifier(), its, tokens)
+            else:
+                mean, std = (np.asarray(task.frozen[name], np.float64) for name in ("mean", "std"))
+                logits = (tokens.mean(axis=0) - mean) / std @ its["kernel"] + its["bias"]
+            answers.append(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
+        assert relative_error(found[g, row], np.mean(answers, axis=0)) <= 1e-5
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_accuracy_counts_every_video_once(rows: int, batch_size: int) -> None:
+    config = dataclasses.replace(LINEAR, batch_size=min(batch_size, 10))
+    training, validation = random_cache(), random_cache(rows=rows, shape=(2, 1, 2, 3), seed=5)
+    task = probe_task(config, training, validation)
+    heads = Heads(
+        config=dataclasses.replace(config, batch_size=batch_size),
+        encoder=ENCODER,
+        features=training.config,
+        classes=3,
+    )
+    tokens = jnp.asarray(sample_tokens(validation.values, "view"))
+    found = probabilities(heads, task.trained["heads"], task.frozen, tokens)
+    right = (np.asarray(found).argmax(axis=-1) == validation.labels).mean(axis=1)
+    values = task.evaluate(task.trained, {}, task.frozen)
+
+    each = [values[f"accuracy/head_{i:02d}"] for i in range(4)]
+    np.testing.assert_allclose(each, right)
+    assert values["accuracy"] == max(each)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_caches(dtype: str) -> None:
+    training = random_cache()
+    small = dataclasses.replace(training, values=training.values.astype(jnp.dtype(dtype)))
+    exact, rounded = (
+        run(probe_task(ATTENTIVE, some, some), 2)[1][-1]["loss"] for some in (training, small)
+    )
+    assert exact != rounded
+    np.testing.assert_allclose(exact, rounded, rtol=1e-2)
+
+
+def test_bfloat16_heads() -> None:
+    config = dataclasses.replace(ATTENTIVE, dtype="bfloat16")
+    training = random_cache()
+    task = probe_task(config, training, training)
+    trained, reports = run(task, 2)
+    _, exact = run(probe_task(ATTENTIVE, training, training), 2)
+
+    assert task.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype(jnp.float32)}
+    assert reports[-1]["loss"] != exact[-1]["loss"]
+    np.testing.assert_allclose(reports[-1]["loss"], exact[-1]["loss"], rtol=2e-2)
+
+
+# What becomes of a probe
+
+
+@functools.cache
+def encoder_model() -> Model:
+    encoder, params = tiny_model(head_width=12, num_layers=2, crop_size=32)
+    source = Source(name="tiny", revision="", sha256="0", converter="0")
+    return Model(
+        config=ModelConfig(encoder=encoder.config),
+        encoder=encoder,
+        params={"encoder": params},
+        source=source,
+    )
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = SyntheticConfig(num_frames=16, fps=8, height=48, width=64)
+    return write_videos(tmp_path_factory.mktemp("videos") / "v", 8, config)
+
+
+@pytest.fixture(scope="module")
+def probed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Features, ProbeResult]:
+    """A probe, two clips of two views, trained on two layers of eight videos."""
+    clip = dataclasses.replace(CLIP, fps=8.0, clips=2)
+    views = (clip, dataclasses.replace(clip, spatial="random", flip=1.0))
+    config = FeatureConfig(views=views, layers=(0, 1))
+    folder = tmp_path_factory.mktemp("features") / "f"
+    features = open_or_make(folder, encoder_model(), read_manifest(videos), config)
+    probe = dataclasses.replace(ATTENTIVE, epochs=3)
+    task = probe_task(probe, features, features)
+    trained, _ = run(task, probe_steps(probe, features))
+    return features, probe_result(probe, features, task, trained)
+
+
+LABELS = tuple("abcdefgh")
+
+
+def test_a_probe_classifies_in_a_model(probed: tuple[Features, ProbeResult], videos: Path) -> None:
+    features, result = probed
+    model = attach_probe(encoder_model(), result, LABELS)
+    manifest = read_manifest(videos)
+
+    tokens = jnp.asarray(sample_tokens(features.values, "view"))
+    stacked = jax.tree.map(lambda leaf: leaf[None], result.params)
+    ours = np.asarray(probabilities(result.heads, stacked, result.statistics, tokens)[0])
+    encoder, params = model.encoder, model.params
+    for row in (0, 5):
+        answers = []
+        for view in features.config.views:
+            clips = [read_clip(manifest, view, row, clip) for clip in range(2)]
+            levels = [
+                compiled(
+                    *(encoder, params["encoder"], normalise(jnp.asarray(clip)[None])),
+                    method="levels",
+                    layers=model.config.classifier.layers,
+                )
+                for clip in clips
+            ]
+            together = jnp.concatenate([x for clip in levels for x in clip], axis=1)
+            logits = compiled(model.classifier, params["classifier"], together)
+            answers.append(jax.nn.softmax(logits[0]))
+        found = np.mean(answers, axis=0)
+        assert relative_error(found, ours[row]) <= 1e-5
+        assert found.argmax() == ours[row].argmax()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_probed_model_is_saved_and_classifies(
+    probed: tuple[Features, ProbeResult], videos: Path, tmp_path: Path, dtype: Any
+) -> None:
+    _, result = probed
+    model = encoder_model()
+    if dtype == jnp.bfloat16:
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+        encoder = Encoder(model.config.encoder, param_dtype=dtype)
+        model = dataclasses.replace(model, encoder=encoder, params=params)
+        result = result._replace(encoder=weights_sha256(params["encoder"]))
+    attached = attach_probe(model, result, LABELS)
+    save(tmp_path / "m", attached)
+    loaded = load(tmp_path / "m", dtype="float32")
+
+    config = loaded.config.classifier
+    assert (config.labels, config.layers, config.frames_per_clip) == (LABELS, (0, 1), 4)
+    assert (config.num_layers, config.num_heads, config.layer_norm_eps) == (1, 3, 1e-5)
+    assert loaded.source.probe.sha256 == weights_sha256(attached.params["classifier"])
+    path = read_manifest(videos).paths[3]
+    one, other = (classify(some, path, clips=2, views=3) for some in (attached, loaded))
+    assert one.labels == LABELS
+    np.testing.assert_allclose(one.probabilities, other.probabilities, rtol=0, atol=1e-6)
+
+
+def test_a_model_with_blocks_of_their_own(
+    probed: tuple[Features, ProbeResult], tmp_path: Path
+) -> None:
+    _, result = probed
+    save(tmp_path / "m", encoder_model())
+    attached = attach_probe(load(tmp_path / "m", scan=False), result, LABELS)
+    save(tmp_path / "p", attached)
+
+    tokens = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, WIDTH)), jnp.float32)
+    stacked = attach_probe(encoder_model(), result, LABELS)
+    for model in (attached, load(tmp_path / "p")):
+        assert relative_error(
+            compiled(model.classifier, model.params["classifier"], tokens),
+            compiled(stacked.classifier, stacked.params["classifier"], tokens),
+        ) <= 1e-5  # fmt: skip
+
+
+def test_probes_that_a_model_cannot_have(probed: tuple[Features, ProbeResult]) -> None:
+    _, result = probed
+    heads = result.heads
+    other = dataclasses.replace(encoder_model(), params={
+        "encoder": random_params(encoder_model().encoder, seed=9)})  # fmt: skip
+
+    def with_(**options: Any) -> ProbeResult:
+        return result._replace(heads=dataclasses.replace(heads, **options))
+
+    pooled = dataclasses.replace(heads.features, pool="clip")
+    stream = FeatureConfig(views=(CLIP,), stream=StreamConfig())
+    for model, some, message in (
+        (other, result, r"encoder is \w{64}; .* needs \w{64}"),
+        (encoder_model(), with_(config=LINEAR), "kind is linear; .* needs attentive"),
+        (encoder_model(), with_(features=pooled), "pool is clip"),
+        (encoder_model(), with_(features=stream), "stream is StreamConfig"),
+        (
+            encoder_model(),
+            with_(config=dataclasses.replace(ATTENTIVE, sees="tubelet")),
+            "sees is tubelet; .* view or clip",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            attach_probe(model, some, LABELS)
+    with pytest.raises(InputError, match=r"number of classes is 8; .* needs 3"):
+        attach_probe(encoder_model(), result, ("a", "b", "c"))
+
+
+def test_a_linear_probe_is_a_linear_map() -> None:
+    training = random_cache(shape=(1, 2, 2, 3))
+    task = probe_task(LINEAR, training, training)
+    trained, _ = run(task, 4)
+    result = probe_result(LINEAR, training, task, trained)
+    kernel, bias = fold_linear(result)
+
+    tokens = jnp.asarray(sample_tokens(training.values, "view"))
+    logits = jax.jit(result.heads.logits)(result.params, result.statistics, tokens[:, 0])
+    means = training.values.astype(np.float64).mean(axis=(1, 2, 3, 4))
+    assert relative_error(means @ kernel + bias, logits) <= 1e-5
+    attentive = result._replace(heads=dataclasses.replace(result.heads, config=ATTENTIVE))
+    with pytest.raises(InputError, match="kind is attentive; it must be linear"):
+        fold_linear(attentive)
+
+
+# Over time
+
+
+@pytest.mark.parametrize("sees", ["view", "clip", "tubelet"])
+@pytest.mark.parametrize("kind", ["attentive", "linear"])
+def test_accuracy_over_time(kind: str, sees: str) -> None:
+    config = dataclasses.replace(ATTENTIVE, kind=kind, sees=sees, weight_decays=(0.1,))
+    features = random_cache(rows=9, shape=(1, 2, 3, 1))
+    features = dataclasses.replace(
+        features,
+        config=FeatureConfig(
+            views=(dataclasses.replace(CLIP, num_frames=6, clips=2),),
+            stream=StreamConfig(),
+            pool="tubelet",
+        ),
+    )
+    task = probe_task(config, features, features)
+    result = probe_result(config, features, task, task.trained)
+
+    right = []
+    for i in range(3):
+        seen = features.values[:, :, :, (i if sees == "tubelet" else 0) : i + 1]
+        tokens = jnp.asarray(sample_tokens(seen, sees))
+        stacked = jax.tree.map(lambda leaf: leaf[None], result.params)
+        found = probabilities(result.heads, stacked, result.statistics, tokens)[0]
+        right.append((np.asarray(found).argmax(axis=-1) == features.labels).mean())
+    np.testing.assert_allclose(accuracy_over_time(result, features), right)
+
+
+def test_a_probe_is_right_when_there_is_something_to_see() -> None:
+    """What tells the classes apart comes with the third of four tubelets, and stays."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    values = rng.normal(size=(60, 1, 1, 4, 1, WIDTH)) * 0.3
+    for t in (2, 3):
+        values[np.arange(60), 0, 0, t, 0, labels] += 10
+    stream = FeatureConfig(
+        views=(dataclasses.replace(CLIP, num_frames=8),), stream=StreamConfig(), pool="tubelet"
+    )
+    features = cache(values.astype(np.float32), labels, config=stream)
+    config = dataclasses.replace(
+        LINEAR, sees="tubelet", epochs=20, batch_size=20, learning_rates=(0.3,)
+    )
+    task = probe_task(config, features, features)
+    trained, _ = run(task, probe_steps(config, features))
+    curve = accuracy_over_time(probe_result(config, features, task, trained), features)
+
+    assert curve.shape == (4,)
+    assert (curve[:2] < 0.7).all()
+    np.testing.assert_array_equal(curve[2:], 1.0)
+
+
+def test_time_needs_tubelets() -> None:
+    features = random_cache()
+    task = probe_task(LINEAR, features, features)
+    result = probe_result(LINEAR, features, task, task.trained)
+    other = dataclasses.replace(features, made_of={"encoder": "f" * 64})
+    with pytest.raises(InputError, match=r"encoder = f{64}"):
+        accuracy_over_time(result, other)
+    with pytest.raises(DataError, match="labels 3"):
+        accuracy_over_time(result, random_cache(classes=4))
+    pooled = dataclasses.replace(features.config, pool="clip")
+    features = dataclasses.replace(features, config=pooled)
+    result = result._replace(heads=dataclasses.replace(result.heads, features=pooled))
+    with pytest.raises(InputError, match='pool = "clip"; over time'):
+        accuracy_over_time(result, features)
+
+
+# Neighbours
+
+
+def reference_votes(
+    config: NeighbourConfig,
+    references: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray | None,
+    classes: int,
+) -> np.ndarray:
+    """One query after the other, float64."""
+    found = []
+    asked = references if queries is None else queries
+    for i, query in enumerate(asked.astype(np.float64)):
+        near = []
+        for j, other in enumerate(references.astype(np.float64)):
+            if queries is not None or i != j:
+                cosine = query @ other / math.sqrt(query @ query) / math.sqrt(other @ other)
+                near.append((-cosine, j))
+        row = np.zeros(classes)
+        for cosine, j in sorted(near)[: config.k]:
+            row[labels[j]] += math.exp(-cosine / config.temperature)
+        found.append(row / row.sum())
+    return np.array(found)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["leave one out", "two sets"])
+@pytest.mark.parametrize("k", [1, 5, 1000])
+@pytest.mark.parametrize("chunk", [1, 7, 256])
+def test_votes(k: int, chunk: int, alone: bool) -> None:
+    rng = np.random.default_rng(k + chunk)
+    references = (rng.normal(size=(23, 9)) * rng.uniform(0.1, 9, (23, 1))).astype(np.float32)
+    labels = rng.integers(4, size=23).astype(np.int32)
+    queries = None if alone else rng.normal(size=(17, 9)).astype(np.float32)
+    config = NeighbourConfig(k=k, chunk=chunk, temperature=0.2)
+
+    found = votes(config, references, labels, queries, classes=5)
+    right = reference_votes(config, references, labels, queries, 5)
+    assert relative_error(found, right) <= 1e-5
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_nobody_votes_on_itself() -> None:
+    vectors = np.eye(4, dtype=np.float32)[[0, 0, 1, 1]]
+    labels = np.array([0, 1, 0, 1], np.int32)
+    alone = votes(NeighbourConfig(k=1), vectors, labels, classes=2)
+    np.testing.assert_array_equal(alone.argmax(axis=1), [1, 0, 1, 0])
+    asked = votes(NeighbourConfig(k=1), vectors, labels, vectors, classes=2)
+    np.testing.assert_array_equal(asked.argmax(axis=1), [0, 0, 0, 0])  # of equal ones the first
+
+
+def test_neighbour_accuracy() -> None:
+    training, validation = separable(30, 0), separable(12, 1)
+    config = NeighbourConfig(k=3)
+    means = [
+        some.values.astype(np.float64).mean(axis=(1, 2, 3, 4)) for some in (training, validation)
+    ]
+    for queries, features in ((None, training), (means[1], validation)):
+        right = reference_votes(config, means[0], training.labels, queries, 3)
+        right = (right.argmax(axis=1) == features.labels).mean()
+        other = None if queries is None else validation
+        assert neighbour_accuracy(config, training, other) == pytest.approx(right)
+        assert right > 0.9
+    assert relative_error(mean_features(training), means[0]) <= 1e-6
+    half = dataclasses.replace(training, values=training.values.astype(np.float16))
+    assert relative_error(mean_features(half), means[0]) <= 2e-3
+
+
+def test_neighbours_that_cannot_vote() -> None:
+    vectors, labels = np.ones((3, 4), np.float32), np.array([0, 1, 1], np.int32)
+    config = NeighbourConfig()
+    zero = vectors * np.array([[1], [0], [np.nan]], np.float32)
+    for arguments, classes, message in (
+        ((zero, labels), 2, "references: rows 1, 2 are zero or not finite"),
+        ((vectors, labels, zero), 2, "queries: rows 1, 2 are zero"),
+        ((vectors, labels[:2]), 2, r"references are \[3, 4\], labels \[2\]"),
+        ((vectors[0], labels), 2, r"references are \[4\]"),
+        ((vectors, labels), 1, "labels are 0 to 1; they must be 0 to 0"),
+        ((vectors, labels - 1), 2, "labels are -1 to 0"),
+        ((vectors[:1], labels[:1]), 2, "there are 1 references; 2 are the least"),
+        ((vectors, labels, vectors[:, :3]), 2, r"queries are \[3, 3\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            votes(config, *arguments, classes=classes)
+    features = random_cache()
+    with pytest.raises(InputError, match="encoder = f"):
+        neighbour_accuracy(
+            config, features, dataclasses.replace(features, made_of={"encoder": "f"})
+        )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("k", 0), ("k", 2.0), ("chunk", 0), ("chunk", True)]
+    + [("temperature", x) for x in (0, -1.0, math.inf, math.nan, "0.07")],
+)
+def test_bad_neighbour_options(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"NeighbourConfig.{field} = "):
+        NeighbourConfig(**{field: value})
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("kind", "mlp"),
+        ("sees", "frame"),
+        ("dtype", "float16"),
+        ("num_layers", 0),
+        ("num_heads", 1.5),
+        ("layer_norm_eps", 0.0),
+        ("layer_norm_eps", math.nan),
+        ("learning_rates", ()),
+        ("learning_rates", [0.1]),
+        ("learning_rates", (0.1, 0.0)),
+        ("learning_rates", (-1.0,)),
+        ("learning_rates", (0.1, 0.1)),
+        ("learning_rates", (math.inf,)),
+        ("learning_rates", ("0.1",)),
+        ("weight_decays", ()),
+        ("weight_decays", (-0.1,)),
+        ("weight_decays", (math.nan,)),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("batch_size", True),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("seed", 0.5),
+    ],
+)
+def test_bad_probe_options(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"ProbeConfig.{field} = "):
+        ProbeConfig(**{field: value})
+
+
+def test_the_default_grid_is_that_of_meta() -> None:
+    grid = ProbeConfig().grid
+    assert len(grid) == len(set(grid)) == 20
+    assert set(grid) == set(
+        itertools.product((5e-3, 3e-3, 1e-3, 3e-4, 1e-4), (0.01, 0.1, 0.4, 0.8))
+    )
+    config = ProbeConfig()
+    assert (config.num_layers + 1, config.num_heads, config.layer_norm_eps) == (4, 16, 1e-5)
+
+
+def test_features_that_cannot_be_trained_on() -> None:
+    training = random_cache()
+    assert probe_steps(ATTENTIVE, training) == 2 * (10 // 4)
+    large = dataclasses.replace(ATTENTIVE, batch_size=11)
+    with pytest.raises(InputError, match=r"batch_size = 11; list\.csv has features of 10 videos"):
+        probe_task(large, training, training)
+    unlabelled = cache(training.values, [0, -1, 1, 0, -1, 0, 0, 0, 0, 0])
+    with pytest.raises(DataError, match=r"list\.csv: rows 1, 4 have no label"):
+        probe_task(ATTENTIVE, unlabelled, training)
+    gap = cache(training.values, [0, 1, 3, 0, 1, 0, 0, 0, 0, 0])
+    with pytest.raises(DataError, match=r"list\.csv: labels .* largest is 3.* no row has 2"):
+        probe_task(ATTENTIVE, gap, training)
+    more = cache(training.values, np.arange(10) % 4, name="val.csv")
+    with pytest.raises(DataError, match=r"val\.csv: rows 3, 7 have the labels 3, 3"):
+        probe_task(ATTENTIVE, training, more)
+    pooled = dataclasses.replace(training.config, pool="clip")
+    pooled = dataclasses.replace(training, config=pooled)
+    with pytest.raises(InputError, match="its features have pool = clip"):
+        probe_task(ATTENTIVE, training, pooled)
+    with pytest.raises(ConfigError, match=r"ProbeConfig\.num_heads = 16; .* width 24"):
+        probe_task(dataclasses.replace(ATTENTIVE, num_heads=16), training, training)
+
+
+def test_the_record_tells_runs_apart() -> None:
+    training = random_cache()
+    one = probe_task(LINEAR, training, training).record
+    other = probe_task(dataclasses.replace(LINEAR, seed=1), training, training).record
+    assert one != other
+    moved = dataclasses.replace(training, made_of={**training.made_of, "manifest": "x"})
+    assert probe_task(LINEAR, moved, training).record != one
