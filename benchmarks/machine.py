@@ -5,7 +5,7 @@ import os
 import platform
 from pathlib import Path
 
-PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft")
 
 
 def describe() -> str:

@@ -132,7 +132,7 @@ def head(params: Params, i: int) -> Params:
 # The grid
 
 
-@pytest.mark.parametrize("config", [PAIR, LINEAR], ids=["attentive", "linear"])
+@pytest.mark.parametrize("config", [pytest.param(PAIR, marks=pytest.mark.slow), LINEAR])
 def test_a_grid_is_what_its_heads_are_alone(config: ProbeConfig) -> None:
     training = random_cache()
     grid = probe_task(config, training, training)
@@ -219,7 +219,7 @@ def test_what_can_be_told_apart_is_learned(kind: str) -> None:
     assert set(values) == {"accuracy", "accuracy/head_00", "accuracy/head_01"}
 
 
-@pytest.mark.parametrize("config", [PAIR, LINEAR], ids=["attentive", "linear"])
+@pytest.mark.parametrize("config", [pytest.param(PAIR, marks=pytest.mark.slow), LINEAR])
 def test_a_head_that_diverges_stops_no_other(config: ProbeConfig) -> None:
     training = random_cache()
     task = probe_task(config, training, training)
@@ -423,23 +423,27 @@ def test_half_precision_caches(dtype: str) -> None:
     training = random_cache()
     small = dataclasses.replace(training, values=training.values.astype(jnp.dtype(dtype)))
     exact, rounded = (
-        run(probe_task(ATTENTIVE, some, some), 2)[1][-1]["loss"] for some in (training, small)
+        run(probe_task(LINEAR, some, some), 2)[1][-1]["loss"] for some in (training, small)
     )
     assert exact != rounded
-    np.testing.assert_allclose(exact, rounded, rtol=1e-2)
+    np.testing.assert_allclose(exact, rounded, rtol=2e-2)
 
 
 def test_bfloat16_heads() -> None:
-    config = dataclasses.replace(ATTENTIVE, dtype="bfloat16")
     training = random_cache()
-    task = probe_task(config, training, training)
-    trained, reports = run(task, 2)
-    _, exact = run(probe_task(ATTENTIVE, training, training), 2)
+    small = dataclasses.replace(ATTENTIVE, dtype="bfloat16")
+    task = probe_task(small, training, training)
+    tokens = jnp.asarray(sample_tokens(training.values, "view"))
+    params = jax.tree.map(lambda leaf: leaf * 3, task.trained["heads"])
+    found = []
+    for config in (ATTENTIVE, small):
+        heads = Heads(config=config, encoder=ENCODER, features=training.config, classes=3)
+        found.append(probabilities(heads, params, {}, tokens))
 
     assert task.dtype == jnp.bfloat16
-    assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype(jnp.float32)}
-    assert reports[-1]["loss"] != exact[-1]["loss"]
-    np.testing.assert_allclose(reports[-1]["loss"], exact[-1]["loss"], rtol=2e-2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    assert found[1].dtype == jnp.float32
+    assert 1e-5 < relative_error(found[1], found[0]) < 3e-2
 
 
 # What becomes of a probe
@@ -465,16 +469,15 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def probed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Features, ProbeResult]:
-    """A probe, two clips of two views, trained on two layers of eight videos."""
+    """A probe of two layers, two clips of two views; not trained, but with large weights."""
     clip = dataclasses.replace(CLIP, fps=8.0, clips=2)
     views = (clip, dataclasses.replace(clip, spatial="random", flip=1.0))
     config = FeatureConfig(views=views, layers=(0, 1))
     folder = tmp_path_factory.mktemp("features") / "f"
     features = open_or_make(folder, encoder_model(), read_manifest(videos), config)
-    probe = dataclasses.replace(ATTENTIVE, epochs=3)
-    task = probe_task(probe, features, features)
-    trained, _ = run(task, probe_steps(probe, features))
-    return features, probe_result(probe, features, task, trained)
+    task = probe_task(ATTENTIVE, features, features)
+    large = jax.tree.map(lambda leaf: leaf * 4, task.trained)
+    return features, probe_result(ATTENTIVE, features, task, large)
 
 
 LABELS = tuple("abcdefgh")
@@ -488,22 +491,27 @@ def test_a_probe_classifies_in_a_model(probed: tuple[Features, ProbeResult], vid
     tokens = jnp.asarray(sample_tokens(features.values, "view"))
     stacked = jax.tree.map(lambda leaf: leaf[None], result.params)
     ours = np.asarray(probabilities(result.heads, stacked, result.statistics, tokens)[0])
-    encoder, params = model.encoder, model.params
+
+    @jax.jit
+    def tokens_of(clip: jax.Array) -> jax.Array:
+        variables = {"params": model.params["encoder"]}
+        layers = model.config.classifier.layers
+        levels = model.encoder.apply(
+            variables, normalise(clip)[None], method="levels", layers=layers
+        )
+        return levels.reshape(1, -1, WIDTH)
+
+    @jax.jit
+    def classified(tokens: jax.Array) -> jax.Array:
+        logits = model.classifier.apply({"params": model.params["classifier"]}, tokens)
+        return jax.nn.softmax(logits[0])
+
     for row in (0, 5):
         answers = []
         for view in features.config.views:
-            clips = [read_clip(manifest, view, row, clip) for clip in range(2)]
-            levels = [
-                compiled(
-                    *(encoder, params["encoder"], normalise(jnp.asarray(clip)[None])),
-                    method="levels",
-                    layers=model.config.classifier.layers,
-                )
-                for clip in clips
-            ]
-            together = jnp.concatenate([x for clip in levels for x in clip], axis=1)
-            logits = compiled(model.classifier, params["classifier"], together)
-            answers.append(jax.nn.softmax(logits[0]))
+            clips = [jnp.asarray(read_clip(manifest, view, row, clip)) for clip in range(2)]
+            together = jnp.concatenate([tokens_of(clip) for clip in clips], axis=1)
+            answers.append(classified(together))
         found = np.mean(answers, axis=0)
         assert relative_error(found, ours[row]) <= 1e-5
         assert found.argmax() == ours[row].argmax()
@@ -598,8 +606,10 @@ def test_a_linear_probe_is_a_linear_map() -> None:
 # Over time
 
 
-@pytest.mark.parametrize("sees", ["view", "clip", "tubelet"])
-@pytest.mark.parametrize("kind", ["attentive", "linear"])
+@pytest.mark.parametrize(
+    ("kind", "sees"),
+    [("linear", "view"), ("linear", "clip"), ("linear", "tubelet"), ("attentive", "tubelet")],
+)
 def test_accuracy_over_time(kind: str, sees: str) -> None:
     config = dataclasses.replace(ATTENTIVE, kind=kind, sees=sees, weight_decays=(0.1,))
     features = random_cache(rows=9, shape=(1, 2, 3, 1))

@@ -348,10 +348,12 @@ def _decay_and_scale(
         step, shrink = learning_rate(state.count), weight_decay(state.count)
 
         def change(update: Array, param: Array, rate: np.ndarray, decay: np.ndarray) -> Array:
-            change = -(step * rate) * (update + (shrink * decay) * param)
+            result = -(step * rate) * (update + (shrink * decay) * param)
             if rate.all():
-                return change
-            return jnp.where(rate > 0, change, jnp.array(-0.0, change.dtype))  # -0.0 - 0.0 = -0.0
+                return result
+            return jnp.where(
+                rate > 0, result, jnp.array(-0.0, result.dtype)
+            )  # 0.0 would alter -0.0
 
         changes = jax.tree.map(change, updates, params, rates, decays)
         return changes, ScheduleState(optax.safe_increment(state.count))
@@ -372,11 +374,8 @@ def _factors(groups: Sequence[ParameterGroup], params: Params) -> tuple[Params, 
         return _spread([chosen[name].learning_rate for name in names], param)
 
     def decays(names: tuple[str, ...], param: Array) -> np.ndarray:
-        return _spread(
-            [_decays(name) * chosen[name].weight_decay * (chosen[name].learning_rate > 0)
-             for name in names],
-            param,
-        )  # fmt: skip
+        factors = [_decays(name) * chosen[name].weight_decay for name in names]
+        return _spread(factors, param)
 
     return tuple(jax.tree.map(of, names, params, is_leaf=_is_names) for of in (rates, decays))
 
