@@ -18,7 +18,7 @@ from jvjepa.attention import Backend, check_backend
 from jvjepa.config import EncoderConfig, PredictorConfig
 from jvjepa.encoder import modality_init
 from jvjepa.errors import InputError
-from jvjepa.layers import MLP, Dense, LayerNorm, RopeTables, make_blocks, run_blocks
+from jvjepa.layers import MLP, Dense, LayerNorm, Remat, RopeTables, make_blocks, run_blocks
 from jvjepa.selection import check_ids
 from jvjepa.typing import Array, DType, Params
 
@@ -59,6 +59,7 @@ class Predictor(nn.Module):
         param_dtype: as the encoder's.
         attention: as the encoder's.
         scan: as the encoder's.
+        remat: as the encoder's.
     """
 
     config: PredictorConfig
@@ -67,6 +68,7 @@ class Predictor(nn.Module):
     param_dtype: DType = jnp.float32
     attention: Backend = "auto"
     scan: bool = True
+    remat: Remat = "none"
 
     def setup(self) -> None:
         """Declares the parts."""
@@ -84,7 +86,9 @@ class Predictor(nn.Module):
             self.image_embed = self.param("image_embed", modality_init, (width,), self.param_dtype)
             self.video_embed = self.param("video_embed", modality_init, (width,), self.param_dtype)
         self.blocks = make_blocks(
-            config.block, config.num_layers, dtypes, self.attention, scan=self.scan
+            *(config.block, config.num_layers, dtypes, self.attention),
+            scan=self.scan,
+            remat=self.remat,
         )
         self.norm = LayerNorm(config.layer_norm_eps, *dtypes)
         self.proj = Dense(config.output_dim or inputs, *dtypes)

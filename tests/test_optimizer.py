@@ -19,6 +19,7 @@ from jvjepa.parameters import parameter_shapes, stack_layers, unstack_layers
 from jvjepa.train.optimizer import (
     OptimizerConfig,
     ParameterGroup,
+    divide,
     freeze_first,
     layer_decay,
     make_optimizer,
@@ -436,3 +437,27 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
             freeze_first(bad, 4)
         with pytest.raises(ConfigError, match="rate = "):
             layer_decay(bad, 4)
+
+
+def test_division_into_trained_and_frozen_arrays() -> None:
+    params = {
+        "encoder": {
+            "blocks": {"fc1": {"kernel": jnp.ones((2, 3, 3))}},
+            "norm": {"scale": jnp.ones(3)},
+        },
+        "classifier": {"linear": {"kernel": jnp.ones((3, 2))}},
+    }
+    first = ParameterGroup(pattern="encoder/blocks_0/.*", learning_rate=0.0)
+    norm = ParameterGroup(pattern=".*scale|encoder/blocks_0.*", learning_rate=0.0)
+    rest = ParameterGroup(pattern=".*", learning_rate=0.5)
+    config = OptimizerConfig(learning_rate=0.1, groups=(first, norm, rest))
+    trained, frozen, left = divide(config, params)
+    assert set(flatten_dict(trained, sep="/")) == {
+        "encoder/blocks/fc1/kernel",
+        "classifier/linear/kernel",
+    }
+    assert set(flatten_dict(frozen, sep="/")) == {"encoder/norm/scale"}
+    assert left.groups == (first, rest)  # what only frozen arrays are in is gone
+    make_optimizer(left, trained, steps=2)
+    whole, none, same = divide(OptimizerConfig(learning_rate=0.1), params)
+    assert (whole, none, same.groups) == (params, {}, ())

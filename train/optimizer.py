@@ -251,9 +251,8 @@ def divide(config: OptimizerConfig, params: Params) -> tuple[Params, Params, Opt
     trained = unflatten_dict({path: flat[path] for path in flat if rates[path].any()})
     frozen = unflatten_dict({path: flat[path] for path in flat if not rates[path].any()})
     every = [name for names in _all_names(trained) for name in names]
-    left = tuple(
-        group for group in config.groups if any(re.fullmatch(group.pattern, name) for name in every)
-    )
+    chosen = _choose(config.groups, [name for names in _all_names(params) for name in names])
+    left = tuple(group for group in config.groups if any(chosen[n] is group for n in every))
     return trained, frozen, dataclasses.replace(config, groups=left)
 
 

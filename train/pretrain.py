@@ -68,7 +68,7 @@ class PretrainConfig:
         final_momentum: at the end of the schedule, which is as long as the optimizer's; None keeps
             it as it is.
         dtype: of the computation; parameters are float32.
-        remat: what the encoder computes anew for the gradient, see `jvjepa.Encoder`.
+        remat: what encoder and predictor compute anew for the gradient, see `jvjepa.Encoder`.
 
     Raises:
         ConfigError: a value is impossible.
@@ -256,7 +256,7 @@ def make_branches(
     """Makes the losses of clips and of images; None where there are no images."""
     dtype = _DTYPES[config.dtype]
     encoder = Encoder(model.encoder, dtype=dtype, remat=config.remat)
-    predictor = Predictor(model.predictor, model.encoder, dtype=dtype)
+    predictor = Predictor(model.predictor, model.encoder, dtype=dtype, remat=config.remat)
 
     def branch(
         modality: Modality, clip: ClipConfig, masks: Sequence[MaskConfig], weight: float
