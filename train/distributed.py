@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jvjepa.errors import ConfigError, InputError, TrainingError
 
+_SILENCE = 30  # seconds after which JAX takes a process for dead, and aborts the others
 _LAST = 3.0  # seconds that process 0 ends after the others: JAX aborts them as soon as it is gone
 
 
@@ -74,7 +75,11 @@ class Processes:
             where = (self.coordinator, self.processes, self.process)
             try:
                 # Its own timeout aborts the program, so that it gets one that is never reached.
-                jax.distributed.initialize(*where, initialization_timeout=2 * self.patience + 60)
+                jax.distributed.initialize(
+                    *where,
+                    initialization_timeout=2 * self.patience + 60,
+                    heartbeat_timeout_seconds=_SILENCE,
+                )
                 jax.devices()  # of all processes: they must be there for this, too
             except (ValueError, RuntimeError) as error:
                 failures.append(error)
