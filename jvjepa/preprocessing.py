@@ -96,12 +96,20 @@ def crops(frames: Frames, config: HasCropSize, views: int) -> NDArray[np.float32
     if views == 1:
         return preprocess(frames, config)[None]
     _check_frames(frames)
-    crop = config.crop_size
-    rows, columns = scaled_size(*frames.shape[1:3], crop)
+    size, corners = view_corners(*frames.shape[1:3], config.crop_size, views)
+    same = len(set(corners)) == 1
+    return _cut(frames, size, corners[:1] if same else corners, config.crop_size)
+
+
+def view_corners(
+    height: int, width: int, crop: int, views: int
+) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """The (rows, columns) that `crops` resizes to, and the (row, column) of each of the views."""
+    rows, columns = scaled_size(height, width, crop)
     step = (max(rows, columns) - crop) // (views - 1)
-    offsets = [step * i for i in range(views)] if step else [0]
-    corners = [(at, 0) if rows > columns else (0, at) for at in offsets]
-    return _cut(frames, (rows, columns), corners, crop)
+    return (rows, columns), [
+        (step * i, 0) if rows > columns else (0, step * i) for i in range(views)
+    ]
 
 
 def _cut(

@@ -14,7 +14,7 @@ from videofiles import moving_frames, write_video
 
 from jvjepa import preprocessing
 from jvjepa.errors import ConfigError, InputError, VideoError
-from jvjepa.train.augment import Window, centre, cut, random_window
+from jvjepa.train.augment import Window, cut, random_window, view
 from jvjepa.train.data import (
     Batch,
     ClipConfig,
@@ -225,15 +225,19 @@ def test_cut_against_numpy(window: tuple[int, int, int, int], flip: bool) -> Non
 
 
 @pytest.mark.parametrize("shape", [(37, 53), (64, 48), (32, 32), (20, 90)])
-def test_the_centre_is_that_of_preprocess(shape: tuple[int, int]) -> None:
+def test_the_views_are_those_of_preprocess(shape: tuple[int, int]) -> None:
     class Config:
         crop_size = 28
 
     frames = np.random.default_rng(0).integers(0, 256, (3, *shape, 3), np.uint8)
 
-    found = normalise(jnp.asarray(centre(frames, 28)))
+    found = normalise(jnp.asarray(view(frames, 28, 0, 1)))
 
     np.testing.assert_allclose(found, preprocessing.preprocess(frames, Config()), atol=1e-6)
+    views = preprocessing.crops(frames, Config(), 3)
+    for i in range(3):
+        found = normalise(jnp.asarray(view(frames, 28, i, 3)))
+        np.testing.assert_allclose(found, views[min(i, len(views) - 1)], atol=1e-6)
 
 
 def test_random_windows_are_drawn_as_metas() -> None:

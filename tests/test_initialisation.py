@@ -86,8 +86,9 @@ def test_every_array_is_drawn_as_metas() -> None:
             for i, layer in enumerate(values if stacked else [values]):
                 expected = 0.02
                 if name.endswith(("attention/proj/kernel", "mlp/fc2/kernel")):
-                    # the pooler's cross-attention is the first of its blocks
-                    number = i + 1 + (stacked and "/pooler/" in name)
+                    # a pooler's cross-attention has the number of the last block before it
+                    pooler = name.replace("cross_attention/mlp", "blocks/mlp")
+                    number = i + 1 if stacked else len(flat[pooler])
                     expected /= (2 * number) ** 0.5
                 deviation, error = spread(layer)
                 assert abs(deviation - expected) <= error, (name, i)

@@ -195,8 +195,11 @@ def test_a_process_that_is_killed_ends_the_others_with_an_error(
     (code, error), (killed, _) = pairs["first"]
     assert killed == -signal.SIGKILL
     assert code == 2, error
-    message = r"process 0: error: step [56]: another process of the run has died \(.*\); "
-    message += r"checkpoints in .*killed/checkpoints: the newest is of step [24]\n"
+    # It is met where the metrics of an update are waited for, or where signals are asked for.
+    message = r"process 0: error: (step [456]: )?another process of the run has died \(.*\); "
+    message += (
+        r"(checkpoints in .*/killed/checkpoints: the newest is of step \d|start all again, .*)\n"
+    )
     assert re.fullmatch(message, error), error
     assert losses(root / "killed") == pytest.approx(toy, rel=TOLERANCE)  # it went on
 

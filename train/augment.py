@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jvjepa import preprocessing
-from jvjepa.preprocessing import resize_axis, squares, taps
+from jvjepa.preprocessing import centre, squares, view_corners
 
 _ATTEMPTS = 10  # windows that are drawn before the middle one is taken
 
@@ -77,25 +76,27 @@ def cut(frames: NDArray[np.uint8], window: Window, size: int, *, flip: bool) -> 
     Returns:
         uint8 [T, size, size, 3].
     """
-    down = taps(window.height, size, 0, size)
-    across = taps(window.width, size, 0, size)
     part = frames[:, window.top :, window.left :][:, : window.height, : window.width]
-    square = np.empty((len(frames), size, size, 3), np.uint8)
-    for out, frame in zip(square, part, strict=True):  # one by one: the sums are 4 bytes a value
-        resized = resize_axis(resize_axis(frame, across, axis=1), down, axis=0)
-        out[:] = resized[:, ::-1] if flip else resized
-    return square
+    resized = (square for (square,) in squares(part, (size, size), [(0, 0)], size))
+    return np.stack([square[:, ::-1] if flip else square for square in resized])
 
 
-def centre(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Cuts the middle square out of frames, as `jvjepa.preprocessing.preprocess` does.
+def view(frames: NDArray[np.uint8], size: int, place: int, views: int) -> NDArray[np.uint8]:
+    """Cuts a square out of frames, as `jvjepa.preprocessing.crops` does.
 
     Args:
         frames: uint8 [T, H, W, 3].
         size: pixels of a side of the square.
+        place: which of the views, from 0.
+        views: how many there are along the long side; one is the middle.
 
     Returns:
-        uint8 [T, size, size, 3], which `preprocess` would have normalised.
+        uint8 [T, size, size, 3], which `crops` would have normalised.
     """
-    scaled, corner = preprocessing.centre(*frames.shape[1:3], size)
+    sides = frames.shape[1:3]
+    if views == 1:
+        scaled, corner = centre(*sides, size)
+    else:
+        scaled, corners = view_corners(*sides, size, views)
+        corner = corners[place]
     return np.stack([square for (square,) in squares(frames, scaled, [corner], size)])

@@ -172,7 +172,9 @@ class Probe(_OfModel):
     clip: ClipConfig = dataclasses.field(
         default_factory=lambda: ClipConfig(temporal="uniform", spatial="centre")
     )
-    """How clips are taken out of videos; for validation always the middle."""
+    """How clips are taken out of videos; for validation always the middle in time."""
+    views: int = 1
+    """Crops of each video of the validation, along its long side; probabilities are averaged."""
     window: int | None = None
     """Encode tubelet by tubelet, as a stream with so many in its window."""
     pool: FeaturePool = "none"
@@ -194,11 +196,15 @@ class Probe(_OfModel):
             raise InputError("--validation: the heads are compared on it; it must be given")
         areas = parse_areas(self.area, self.area_layers)
         model = load(self.model, attention=self.attention, areas=areas, lora=self.lora)
+        middle = dataclasses.replace(self.clip, temporal="uniform", spatial="centre")
+        views = tuple(
+            dataclasses.replace(middle, view=i, views=self.views) for i in range(self.views)
+        )
         training, testing = (
-            self._features(name, model, some, clip, console)
-            for name, some, clip in (
-                ("training", manifest, self.clip),
-                ("validation", validation, _middle(self.clip)),
+            self._features(name, model, some, which, console)
+            for name, some, which in (
+                ("training", manifest, (self.clip,)),
+                ("validation", validation, views),
             )
         )
         steps = probe_steps(self.config, training)
@@ -230,10 +236,15 @@ class Probe(_OfModel):
         return 0
 
     def _features(
-        self, name: str, model: Model, manifest: Manifest, clip: ClipConfig, console: Console
+        self,
+        name: str,
+        model: Model,
+        manifest: Manifest,
+        views: tuple[ClipConfig, ...],
+        console: Console,
     ) -> Features:
         config = FeatureConfig(
-            views=(clip,),
+            views=views,
             stream=None if self.window is None else StreamConfig(window=self.window),
             pool=self.pool,
             layers=self.layers,
@@ -243,10 +254,6 @@ class Probe(_OfModel):
         folder.parent.mkdir(parents=True, exist_ok=True)
         how = {"batch_size": 8, "workers": self.workers, "console": console}
         return open_or_make(folder, model, manifest, config, **how)
-
-
-def _middle(clip: ClipConfig) -> ClipConfig:
-    return dataclasses.replace(clip, temporal="uniform", spatial="centre")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

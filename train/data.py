@@ -31,7 +31,7 @@ from jvjepa.config import EncoderConfig
 from jvjepa.decoding import index_file
 from jvjepa.errors import ConfigError, InputError, VideoError
 from jvjepa.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from jvjepa.train.augment import centre, cut, random_window
+from jvjepa.train.augment import cut, random_window, view
 from jvjepa.train.manifest import DataError, Manifest, require_file
 from jvjepa.typing import Array, DType
 
@@ -59,11 +59,13 @@ class ClipConfig:
         crop_size: pixels of a side of the square.
         temporal: "random" draws the place of a clip in its part, "uniform" takes the middle.
         clips: clips of each video and epoch.
-        spatial: "random" is a random resized crop, which may be flipped; "centre" is the resize and
-            crop of `jvjepa.preprocessing.preprocess`.
+        spatial: "random" is a random resized crop, which may be flipped; "centre" is a view of
+            `jvjepa.preprocessing.crops`, by default the middle.
         scale: least and greatest share of the frame's area that a random crop takes.
         aspect: its least and greatest width over height.
         flip: probability that a random crop is mirrored, left and right.
+        view: which of the views a centre crop is, from 0.
+        views: how many there are along the long side.
 
     Raises:
         ConfigError: a value is impossible.
@@ -78,10 +80,12 @@ class ClipConfig:
     scale: tuple[float, float] = (0.3, 1.0)
     aspect: tuple[float, float] = (0.75, 1.35)
     flip: float = 0.5
+    view: int = 0
+    views: int = 1
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        for name in ("num_frames", "crop_size", "clips"):
+        for name in ("num_frames", "crop_size", "clips", "views"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}; it must be 1 or more")
         if not 0 < self.fps < math.inf:
@@ -95,6 +99,8 @@ class ClipConfig:
             raise ConfigError(f"aspect = {self.aspect}; it must be two numbers above 0, growing")
         if not 0 <= self.flip <= 1:
             raise ConfigError(f"flip = {self.flip}; it must be a probability, 0 to 1")
+        if not 0 <= self.view < self.views:
+            raise ConfigError(f"view = {self.view}; it must be 0 to {self.views - 1}, below views")
 
     def num_tokens(self, encoder: EncoderConfig) -> int:
         """How many tokens a clip has: N = t·h·w."""
@@ -346,7 +352,7 @@ def read_clip(
     stop = min(begin + (config.num_frames - 0.5) / config.fps, end)
     frames, _ = video.read(path, fps=config.fps, start=begin, end=stop)
     if config.spatial == "centre":
-        pixels = centre(frames, config.crop_size)
+        pixels = view(frames, config.crop_size, config.view, config.views)
     else:
         window = random_window(generator, *frames.shape[1:3], config.scale, config.aspect)
         pixels = cut(frames, window, config.crop_size, flip=bool(mirror < config.flip))

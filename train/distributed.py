@@ -107,7 +107,7 @@ class Processes:
         if not self.distributed:
             yield
             return
-        index = 0
+        index = self.process or 0
         try:
             self.join()
             index = jax.process_index()

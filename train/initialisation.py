@@ -21,16 +21,16 @@ from jvjepa.typing import Array, Params
 _DEVIATION = 0.02
 _MODALITY_DEVIATION = 1e-6
 _CLASSIFIER = re.compile("(classifier/linear|anticipator/(actions|verbs|nouns))/(kernel|bias)")
-_RESIDUAL = re.compile("(.*)/blocks/(attention/proj|mlp/fc2)/kernel")
-_CROSS = re.compile(".*/cross_attention/mlp/fc2/kernel")
+_RESIDUAL = re.compile(".*/blocks/(attention/proj|mlp/fc2)/kernel")
+_CROSS = re.compile("(.*)/cross_attention/mlp/fc2/kernel")
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
     """Draws the parameters of a model.
 
     Kernels and query tokens are normal with deviation 0.02. Kernels whose output is added to the
-    tokens are then divided by sqrt(2 · n) in the n-th block, from 1; in a pooler its
-    cross-attention counts as the first. Biases and mask tokens are 0, norms 1 and 0, modality
+    tokens are then divided by sqrt(2 · n) in the n-th block, from 1; a pooler's cross-attention
+    counts as its last block. Biases and mask tokens are 0, norms 1 and 0, modality
     embeddings normal with deviation 1e-6. Linear classifiers are uniform, as PyTorch's layers.
 
     Args:
@@ -54,17 +54,17 @@ def _draw(name: str, shapes: dict[str, tuple[int, ...]], key: Array) -> Array:
         return jnp.asarray(np.zeros(shape, np.float32))
     if kind == "scale":
         return jnp.asarray(np.ones(shape, np.float32))
-    return jax.random.normal(key, shape, jnp.float32) * jnp.asarray(_deviation(name, shape))
+    return jax.random.normal(key, shape, jnp.float32) * jnp.asarray(_deviation(name, shapes))
 
 
-def _deviation(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _deviation(name: str, shapes: dict[str, tuple[int, ...]]) -> np.ndarray:
     """Float32, with as many axes as the parameter: [1, 1], or [L, 1, 1] where it differs."""
+    shape = shapes[name]
     number = np.full((1,) * len(shape), 0.5)
     if name.endswith(("image_embed", "video_embed")):
         return np.full((1,), _MODALITY_DEVIATION, np.float32)
-    if match := _RESIDUAL.fullmatch(name):
-        first = 2 if match[1].endswith("/pooler") else 1
-        number = first + np.arange(shape[0]).reshape(-1, 1, 1)
-    elif _CROSS.fullmatch(name):
-        number = np.ones((1, 1))
+    if _RESIDUAL.fullmatch(name):
+        number = 1 + np.arange(shape[0]).reshape(-1, 1, 1)
+    elif match := _CROSS.fullmatch(name):
+        number = np.full((1, 1), shapes[f"{match[1]}/blocks/mlp/fc2/kernel"][0])
     return (_DEVIATION / np.sqrt(2 * number)).astype(np.float32)

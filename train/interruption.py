@@ -34,7 +34,9 @@ class Interruption:
             return bool(np.any(multihost_utils.process_allgather(np.array(self._came))))
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise TrainingError(f"another process of the run has died ({reason})") from error
+            raise TrainingError(
+                f"another process of the run has died ({reason}); start all again, with resume"
+            ) from error
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
