@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.typing import Array, DType
@@ -18,6 +19,7 @@ from jvjepa.typing import Array, DType
 Backend = Literal["auto", "xla", "chunked", "cudnn"]
 
 _QUERY_BLOCK = 512  # queries at most that `chunked` takes at a time
+_MAX_BLOCK_BYTES = 1 << 28  # the largest float32 scores of one clip and block of queries
 _SPAN_BLOCK = 128  # queries at most that `attention_over_spans` takes at a time
 _SPAN_PARTS, _SPAN_SHARES = 8, (1, 2, 3, 4, 6, 8)  # its numbers of keys, in eighths of all of them
 _MAX_SCORE_BYTES = 1 << 30  # the largest float32 [B, H, N, M] that `auto` lets XLA make
@@ -211,12 +213,46 @@ def _check_inputs(q: Array, k: Array, v: Array, mask: Array | None) -> None:
 
 
 def _chunked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    if not _is_one_cpu():
+        return _by_queries(q, k, v, mask)
     heads = q.shape[2]
 
     def one_block(index: Array, start: Array, rows: Array, k: Array, v: Array) -> Array:
         return _attend(rows, k, v, _mask_block(mask, index, heads, start, len(rows)))
 
     return _map_blocks(q, k, v, _QUERY_BLOCK, one_block)
+
+
+def _is_one_cpu() -> bool:
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+def _by_queries(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """Maps over blocks of queries alone, of all clips and heads.
+
+    A loop over clips or heads would bring those of all devices to each, where they are divided.
+    """
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    most = max(1, min(_QUERY_BLOCK, _MAX_BLOCK_BYTES // (4 * heads * keys)))
+    block = -(-queries // -(-queries // most))
+    starts = np.minimum(np.arange(-(-queries // block)) * block, queries - block)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, N, K]
+    attend = jax.vmap(jax.vmap(_attend))
+    if mask is None:
+        mask = jnp.ones((1, 1, 1, keys), bool)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def from_query(start: Array) -> Array:
+        rows, seen = jax.lax.dynamic_slice_in_dim(q, start, block, axis=2), mask
+        if mask.shape[2] > 1:
+            seen = jax.lax.dynamic_slice_in_dim(mask, start, block, axis=2)
+        return attend(rows, k, v, jnp.broadcast_to(seen, (batch, heads, *seen.shape[2:])))
+
+    out = jax.lax.map(from_query, jnp.asarray(starts))  # [blocks, B, H, block, K]
+    out = out.transpose(1, 0, 3, 2, 4)
+    rest = queries - block * (len(starts) - 1)  # of the last block, which begins earlier
+    whole, last = out[:, :-1], out[:, -1, block - rest :]
+    return jnp.concatenate([whole.reshape(batch, -1, *out.shape[3:]), last], axis=1)
 
 
 def _map_blocks(q: Array, k: Array, v: Array, most: int, one_block: Callable[..., Array]) -> Array:

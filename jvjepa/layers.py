@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jvjepa import rope
 from jvjepa.area import Areas, RowAreas
@@ -16,6 +18,7 @@ from jvjepa.quantization import dequantize, is_quantized
 from jvjepa.typing import Array, DType
 
 _MLP_BLOCK = 1024  # tokens
+_PRODUCT = "product"  # what the results of products with weights are called
 
 kernel_init = nn.initializers.truncated_normal(stddev=0.02)
 
@@ -43,7 +46,7 @@ class Dense(nn.Module):
         kernel = self._kernel(x.shape[-1])
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x = x.astype(self.dtype)
-        y = jnp.matmul(x, kernel.astype(self.dtype))
+        y = checkpoint_name(jnp.matmul(x, kernel.astype(self.dtype)), _PRODUCT)
         y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (self.features,))
         return y + self._adapt(x) if self.has_variable("lora", "a") else y
 
@@ -64,6 +67,19 @@ class Dense(nn.Module):
         y = jnp.matmul(x, a.astype(self.dtype))
         y = (y.astype(jnp.float32) * scale).astype(self.dtype)  # bfloat16 would round the scale
         return jnp.matmul(y, b.astype(self.dtype))
+
+
+def by_clips(x: Array) -> Array:
+    """Keeps [B, ..] divided by clips where a mesh is set, `jax.set_mesh`, that divides a batch.
+
+    Without it XLA may rather gather all clips than the weights that are divided over "fsdp".
+    """
+    known = jax.sharding.get_abstract_mesh().axis_names
+    axes = tuple(name for name in ("data", "fsdp") if name in known)
+    if not axes:
+        return x
+    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *rest))
 
 
 def normalize(x: Array, epsilon: float) -> Array:
@@ -313,7 +329,9 @@ class Block(nn.Module):
         areas: Areas | None,
     ) -> tuple[Array, None]:
         """One layer over [B, N, D]; with areas if `in_areas` is None or True."""
+        x = by_clips(x)
         x = x + self.attention(self.norm1(x), tables, mask, areas, in_areas)
+        x = by_clips(x)
         return x + self.mlp(self.norm2(x)), None
 
     def collect(
@@ -375,7 +393,8 @@ def make_blocks(
     part = (config, *dtypes, backend)
     kind = Block
     if remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # By name: a policy for products without batch axes keeps those of `chunked` attention too.
+        policy = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
         policy = policy if remat == "products" else None
         # In a loop nothing could be found to be computed twice anyway.
         how = {"policy": policy, "prevent_cse": not scan}

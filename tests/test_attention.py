@@ -23,6 +23,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_QUERY_BLOCK", 7)
 
 
+@pytest.fixture(params=[True, False], ids=["one cpu", "elsewhere"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`chunked` maps over heads and clips on a single CPU alone."""
+    monkeypatch.setattr(backends, "_is_one_cpu", lambda: request.param)
+
+
 def _inputs(queries: int, keys: int, width: int = 24, dtype: str = "float32") -> list[jax.Array]:
     rng = np.random.default_rng(0)
     shapes = [(BATCH, n, HEADS, width) for n in (queries, keys, keys)]
@@ -101,7 +107,7 @@ def test_the_clip_of_1152_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 7, 8, 15, 29, 30])
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_blocks", "where")
 def test_every_length_in_blocks(queries: int) -> None:
     # a mask with rows of its own for each query, and last blocks that do not come out even
     arrays, mask = _inputs(queries, 9), _mask("blind", queries, 9)
@@ -110,7 +116,7 @@ def test_every_length_in_blocks(queries: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_blocks", "where")
 def test_every_mask_with_gradients(backend: str, name: str) -> None:
     arrays, mask = _inputs(18, 40), _mask(name, 18, 40)
     cotangent = np.random.default_rng(2).normal(size=arrays[0].shape).astype(np.float32)
@@ -273,6 +279,7 @@ def _temporary_bytes(tokens: int, *, gradient: bool, mask: tuple[int, ...] | Non
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 def test_memory_grows_linearly(gradient: bool) -> None:
     small, large = 2045, 4093  # in blocks of 512, the last of which overlaps

@@ -41,7 +41,7 @@ CLIP = ClipConfig(num_frames=4, fps=16.0, crop_size=32, flip=0.5)
 DATA = DataConfig(clip=CLIP, batch_size=8)
 LORA = CausalLoraConfig(
     lora=LoraConfig(rank=4, dropout=0.1),
-    optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.0, max_norm=1.0),
+    optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, max_norm=1.0),
     data=DATA,
     window=1,
 )

@@ -168,6 +168,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # a save ends when all processes have; the others may be dead
         try:
             self.close()
         except CheckpointError as failure:

@@ -368,8 +368,8 @@ def main(arguments: Sequence[str], console: Console) -> int:
     preset, rest = _take_preset(list(arguments[1:]))
     default = None if preset is None else _preset(_KINDS[kind], preset)
     command = tyro.cli(_KINDS[kind], prog=f"jvjepa train {kind}", args=rest, default=default)
-    command.processes.join()
-    return command.run(console)
+    with command.processes.joined():
+        return command.run(console)
 
 
 def _take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -172,8 +172,7 @@ def batches(
     limit = _limit(manifest, config, process_count, max_bad)
     load = _Load(manifest, config, seed, epoch, limit, count=None)
     order = grain.MapDataset.source(range(count)).shuffle(seed=seed)[:epoch].repeat(None)
-    share = order.map_with_index(load)[process_index::process_count]
-    dataset = share.batch(batch_size // process_count, batch_fn=_collate)[step:]
+    dataset = _shares(order, load, batch_size, process_index, process_count)[step:]
     return Batches(dataset, manifest, workers, steps, step, limit)
 
 
@@ -214,8 +213,8 @@ def evaluation_batches(
     limit = _limit(manifest, config, process_count, max_bad)
     load = _Load(manifest, config, 0, total, limit, count=count)
     order = np.minimum(np.arange(total), count - 1)
-    share = grain.MapDataset.source(order).map_with_index(load)[process_index::process_count]
-    dataset = share.batch(batch_size // process_count, batch_fn=_collate)
+    dataset = grain.MapDataset.source(order)
+    dataset = _shares(dataset, load, batch_size, process_index, process_count)
     return Batches(dataset, manifest, workers, steps, 0, limit)
 
 
@@ -426,6 +425,23 @@ class _Load:
         for other in generator.permutation(len(self.manifest)).tolist():
             if other != row:
                 yield other
+
+
+def _shares(
+    order: grain.MapDataset, load: _Load, batch_size: int, process_index: int, process_count: int
+) -> grain.MapDataset:
+    """A process's share of every batch: consecutive clips, as its devices have them.
+
+    So the batch is the same, in the same order, whatever the number of processes: what is random in
+    training goes by the place in the batch.
+    """
+    size = batch_size // process_count
+
+    def read(step: int, examples: NDArray[np.int64]) -> tuple[Batch, tuple[_Failure, ...]]:
+        places = range(process_index * size, (process_index + 1) * size)
+        return _collate([load(step * batch_size + i, examples[i]) for i in places])
+
+    return order.batch(batch_size).map_with_index(read)
 
 
 def _collate(examples: list[_Example]) -> tuple[Batch, tuple[_Failure, ...]]:

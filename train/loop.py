@@ -122,12 +122,12 @@ def train(
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
         update = make_step(task, config.accumulate)
         step = jax.jit(update, donate_argnums=0, out_shardings=(places, replicated(mesh)))
-        key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
+        key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
 
         for number in range(first + 1, config.steps + 1):
             batch = put_batch(next(batches), mesh, parts=config.accumulate)
             clips = len(jax.tree.leaves(batch)[0])
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard("disallow"), jax.set_mesh(mesh):  # for layers.by_clips
                 state, metrics = step(state, frozen, batch, key)
             watch.started(number, metrics, clips)
             alone = jax.process_count() == 1
