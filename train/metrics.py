@@ -173,18 +173,23 @@ class Shown:
         self._task = self._bar.add_task("", total=total, completed=first)
 
     def update(
-        self, step: int, loss: float, clips_per_second: float, share_of_peak: float | None = None
+        self,
+        step: int,
+        loss: float,
+        clips_per_second: float | None = None,
+        share_of_peak: float | None = None,
     ) -> None:
         """Shows where the run is.
 
         Args:
             step: updates made.
             loss: of the last one.
-            clips_per_second: over all devices.
+            clips_per_second: over all devices; None where it is not known.
             share_of_peak: of the machine's rate, 0 to 1; None where it is not known.
         """
+        speed = "" if clips_per_second is None else f" · {clips_per_second:.3g} clips/s"
         share = "" if share_of_peak is None else f" · {share_of_peak:.0%} of peak"
-        text = f"loss {loss:.4g} · {clips_per_second:.3g} clips/s{share}"
+        text = f"loss {loss:.4g}{speed}{share}"
         self._bar.update(self._task, completed=step, description=text)
         now = time.monotonic()
         done = step >= self._total

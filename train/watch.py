@@ -61,8 +61,7 @@ class Watch:
         with ExitStack() as stack:
             log = MetricsLog(folder, step=first + 1, enabled=main)
             self._log = stack.enter_context(log)
-            seen = console if main and console is not None else Console(quiet=True)
-            self._shown = stack.enter_context(progress(seen, steps, first))
+            self._shown = stack.enter_context(progress(console if main else None, steps, first))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "Watch":
@@ -116,7 +115,7 @@ class Watch:
             bad = [f"{name} = {x}" for name, x in values.items() if not math.isfinite(x)]
             self._checkpoints.wait()  # all processes are here
             raise TrainingError(f"step {number}: {', '.join(bad)}; {self._left()}")
-        now, speed, share = time.monotonic(), math.nan, None
+        now, speed, share = time.monotonic(), None, None
         if self._since is not None:
             speed = (number - self._since[0]) * clips / (now - self._since[1])
             values["clips_per_second"] = speed
