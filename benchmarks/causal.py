@@ -3,6 +3,8 @@
     python benchmarks/causal.py               # three seeds, half an hour on two idle cores
     python benchmarks/causal.py --quick       # minutes, and numbers that mean nothing
 
+What is in OUT already, videos and the trained encoder of a seed, is used again.
+
 For every seed: videos of a shape that moves in one of eight directions (H.264 files, other ones to
 learn from than to measure on); a tiny encoder and a classifier learn the directions from whole
 clips; then the encoder runs causally, as a stream does, which costs accuracy and fidelity; and
@@ -43,7 +45,7 @@ from jvjepa.train.loop import LoopConfig, train
 from jvjepa.train.manifest import Manifest, read_manifest
 from jvjepa.train.optimizer import OptimizerConfig
 from jvjepa.train.regression import fidelity
-from jvjepa.train.synthetic import DIRECTIONS, SyntheticConfig, write_videos
+from jvjepa.train.synthetic import DIRECTIONS, MANIFEST_FILE, SyntheticConfig, write_videos
 from jvjepa.train.task import Feed
 from jvjepa.typing import Params
 from jvjepa.weights import Model
@@ -75,7 +77,7 @@ class Sizes:
     training: int = 2048
     validation: int = 512
     teacher_steps: int = 960
-    lora_steps: int = 320
+    lora_steps: int = 480
 
 
 QUICK = Sizes(training=64, validation=32, teacher_steps=4, lora_steps=4)
@@ -97,6 +99,7 @@ def main() -> None:
         (options.out / "causal.json").write_text(json.dumps(record, indent=2) + "\n")
     table = make_table(results)
     (options.out / "causal.md").write_text(table)
+    draw(results, options.out / "causal.png")
     print(table)
     print(describe())
 
@@ -104,13 +107,13 @@ def main() -> None:
 def run_seed(seed: int, sizes: Sizes, folder: Path, console: Console) -> dict[str, Any]:
     """All that is measured with one seed; seconds of each part are among it."""
     watch = _Stopwatch()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     made = (("training", sizes.training, 2 * seed), ("validation", sizes.validation, 2 * seed + 1))
-    sets = {
-        name: read_manifest(write_videos(folder / name, count, VIDEOS, seed=source))
-        for name, count, source in made
-    }
+    sets = {}
+    for name, count, source in made:
+        if not (folder / name).exists():
+            write_videos(folder / name, count, VIDEOS, seed=source)
+        sets[name] = read_manifest(folder / name / MANIFEST_FILE)
     pixels = {name: decode(manifest) for name, manifest in sets.items()}
     clips = feed(pixels["training"], sets["training"].labels, seed)
     watch.lap("videos")
@@ -138,7 +141,7 @@ def run_seed(seed: int, sizes: Sizes, folder: Path, console: Console) -> dict[st
     options = CausalLoraConfig(
         lora=LoraConfig(rank=16, alpha=32.0, targets=(LAYERS,)),
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, warmup_steps=steps // 10, weight_decay=0.0, max_norm=1.0
+            learning_rate=3e-3, warmup_steps=steps // 10, weight_decay=0.0, max_norm=1.0
         ),
         data=DataConfig(clip=CLIP, batch_size=BATCH, seed=seed),
         window=TUBELETS,
@@ -154,6 +157,7 @@ def run_seed(seed: int, sizes: Sizes, folder: Path, console: Console) -> dict[st
     evaluate(task.trained, {}, task.frozen)  # adapters change nothing yet
     task = dataclasses.replace(task, feed=clips, evaluate=evaluate)
     loop = LoopConfig(steps=steps, seed=seed, log_every=20, save_every=max(1, steps // 10))
+    shutil.rmtree(folder / "lora", ignore_errors=True)  # its curve is measured on the way
     train(task, loop, folder / "lora", console=console)
     watch.lap("adapters")
 
@@ -219,7 +223,11 @@ class Measure:
             tokens = model.encoder.apply(given, clip, window=window)
             whole = model.encoder.apply({"params": params["encoder"]}, clip)
             logits = model.classifier.apply({"params": params["classifier"]}, tokens)
-            return jnp.argmax(logits, axis=-1), fidelity(tokens, whole, TUBELETS)
+            near = fidelity(tokens, whole, TUBELETS)
+            for i in range(TUBELETS):  # the last one has seen all that the teacher sees
+                parts = (jnp.split(x, TUBELETS, axis=1)[i] for x in (tokens, whole))
+                near[f"tubelet_{i}"] = fidelity(*parts, 1)["pooled_cosine"]
+            return jnp.argmax(logits, axis=-1), near
 
         self._of = of
 
@@ -264,14 +272,41 @@ def make_table(results: list[dict[str, Any]]) -> str:
         f"Percent, means of {len(results)} seeds, smallest and largest in brackets; "
         f"chance is {100 / len(DIRECTIONS):.1f}.",
         "",
-        "| encoder | accuracy | cosine of tokens | of tubelets' means |",
-        "|---|---|---|---|",
+        "| encoder | accuracy | cosine of tokens | of tubelets' means | of the last one's |",
+        "|---|---|---|---|---|",
     ]
-    names = ("accuracy", "token_cosine", "pooled_cosine")
+    names = ("accuracy", "token_cosine", "pooled_cosine", f"tubelet_{TUBELETS - 1}")
     rows = {"whole": "whole clip", "causal": "causal", "adapted": "causal, with adapters"}
     for key, text in {**rows, "recovered": "share of the loss recovered"}.items():
         lines.append(f"| {text} | {' | '.join(cell(key, name) for name in names)} |")
     return "\n".join(lines) + "\n"
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Draws the course of the training, and how near each tubelet is before and after it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    steps = np.arange(len(results[0]["curve"])) * results[0]["every"]
+    shown = {
+        "pooled_cosine": "all tubelets",
+        f"tubelet_{TUBELETS - 1}": "the last tubelet",
+    }
+    for name, text in shown.items():
+        values = np.array([[point[name] for point in result["curve"]] for result in results])
+        line = left.plot(steps, values.mean(0), label=text)[0]
+        left.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
+    left.set(xlabel="updates of the adapters", ylabel="cosine to the whole clip's embedding")
+    left.legend()
+    for which, text in (("causal", "causal"), ("adapted", "causal, with adapters")):
+        values = [[result[which][f"tubelet_{i}"] for i in range(TUBELETS)] for result in results]
+        right.plot(range(TUBELETS), np.mean(values, 0), marker="o", label=text)
+    right.set(xlabel="tubelet", ylabel="the same, tubelet by tubelet")
+    right.legend()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

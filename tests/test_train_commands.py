@@ -88,7 +88,7 @@ def test_distill(folder: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("freeze", [0, 0.5])
+@pytest.mark.parametrize("freeze", [pytest.param(0, marks=pytest.mark.slow), 0.5])
 def test_finetune(folder: Path, tmp_path: Path, freeze: float) -> None:
     labelled = folder / "videos" / "manifest.csv"
     given = ["finetune", folder / "model", labelled, tmp_path / "run"]
@@ -103,15 +103,23 @@ def test_finetune(folder: Path, tmp_path: Path, freeze: float) -> None:
     assert np.array_equal(*embed) == bool(freeze)
 
 
-def test_pretrain_and_cool_down(folder: Path, tmp_path: Path) -> None:
-    videos = folder / "videos"
+def test_pretrain(folder: Path, tmp_path: Path) -> None:
+    given = ["pretrain", folder / "model", folder / "videos", tmp_path / "run"]
+    assert run(*given, *DATA, *SHORT, "--data.clip.crop-size", 64) == 0
+    model = load(tmp_path / "run" / "model")
+    assert (model.config.encoder.crop_size, model.predictor is not None) == (64, True)
+
+
+@pytest.mark.slow
+def test_a_cooldown_begins_with_another_run(folder: Path, tmp_path: Path) -> None:
+    videos, config = folder / "videos", folder / "model" / "config.json"
     options = [*DATA, *SHORT, "--data.clip.crop-size", 64]
-    assert run("pretrain", folder / "model", videos, tmp_path / "first", *options) == 0
-    teacher = load(tmp_path / "first" / "model")
-    assert teacher.predictor is not None
-    again = ["--cooldown", tmp_path / "first"]
-    config = folder / "model" / "config.json"
-    assert run("pretrain", config, videos, tmp_path / "second", *options, *again) == 0
+    assert run("pretrain", config, videos, tmp_path / "first", *options) == 0
+    options += ["--cooldown", tmp_path / "first", "--optimizer.learning-rate", 1e-9]
+    options += ["--optimizer.start-learning-rate", 0, "--optimizer.final-learning-rate", 0]
+    assert run("pretrain", config, videos, tmp_path / "second", *options) == 0
+    first, second = (load(tmp_path / name / "model").params for name in ("first", "second"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), first, second)
 
 
 def test_probe(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
