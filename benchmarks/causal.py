@@ -131,9 +131,8 @@ def run_seed(seed: int, sizes: Sizes, folder: Path, console: Console) -> dict[st
     task = dataclasses.replace(
         finetune_task(model, options, sets["training"], steps=steps), feed=clips
     )
-    state = train(
-        task, LoopConfig(steps=steps, seed=seed, log_every=20), folder / "teacher", console=console
-    )
+    loop = LoopConfig(steps=steps, seed=seed, log_every=20)
+    state = train(task, loop, folder / "teacher", resume=True, console=console)
     model = finetuned(model, task, jax.device_get(state))
     watch.lap("teacher")
 
