@@ -118,6 +118,7 @@ def test_a_cooldown_begins_with_another_run(folder: Path, tmp_path: Path) -> Non
     options += ["--cooldown", tmp_path / "first", "--optimizer.learning-rate", 1e-9]
     options += ["--optimizer.start-learning-rate", 0, "--optimizer.final-learning-rate", 0]
     assert run("pretrain", config, videos, tmp_path / "second", *options) == 0
+    # the mask tokens and all else stay; the teacher goes its usual small way to the student
     first, second = (load(tmp_path / name / "model").params for name in ("first", "second"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), first, second)
 

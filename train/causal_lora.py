@@ -20,7 +20,7 @@ from jvjepa.lora import LoraConfig, init_lora, join, split, variables
 from jvjepa.quantization import Kind, quantize
 from jvjepa.train.data import Batch, normalise
 from jvjepa.train.evaluation import Metrics, mean_over
-from jvjepa.train.feeding import DataConfig
+from jvjepa.train.feeding import DataConfig, options
 from jvjepa.train.manifest import Manifest
 from jvjepa.train.optimizer import OptimizerConfig, make_optimizer
 from jvjepa.train.regression import RegressionConfig, fidelity, regression_loss
@@ -105,11 +105,9 @@ def causal_lora_task(
     if validation is not None:
         evaluate = mean_over(_nearness(encoder, config), config.data, validation)
         best = Best("validation/pooled_cosine", "max")
-    fields = ("lora", "optimizer", "window", "loss", "quantize", "dtype")
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name in fields}
     return Task(
         name="causal-lora",
-        record={"base": base, **options, **config.data.record(manifest)},
+        record={"base": base, **options(config, "data", "remat"), **config.data.record(manifest)},
         trained=trained,
         carried={},
         frozen={"base": params, "constants": constants},

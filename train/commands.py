@@ -92,10 +92,10 @@ class _OfModel(_Run):
     area_layers: str | None = None
     """START:END of the layers that have it, as 0:18; by default the first three quarters."""
 
-    def load(self, *, scan: bool = True) -> Model:
+    def load(self, *, scan: bool = True, lora: Path | None = None) -> Model:
         """Loads the model, which must have float32 weights to train them."""
         areas = parse_areas(self.area, self.area_layers)
-        return load(self.model, attention=self.attention, scan=scan, areas=areas)
+        return load(self.model, attention=self.attention, scan=scan, areas=areas, lora=lora)
 
     def manifests(self) -> tuple[Manifest, Manifest | None]:
         """Reads what there is to train and to validate on."""
@@ -194,8 +194,7 @@ class Probe(_OfModel):
         manifest, validation = self.manifests()
         if validation is None:
             raise InputError("--validation: the heads are compared on it; it must be given")
-        areas = parse_areas(self.area, self.area_layers)
-        model = load(self.model, attention=self.attention, areas=areas, lora=self.lora)
+        model = self.load(lora=self.lora)
         middle = dataclasses.replace(self.clip, temporal="uniform", spatial="centre")
         views = tuple(
             dataclasses.replace(middle, view=i, views=self.views) for i in range(self.views)

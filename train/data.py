@@ -30,6 +30,7 @@ from jvjepa import video
 from jvjepa.config import EncoderConfig
 from jvjepa.decoding import index_file
 from jvjepa.errors import ConfigError, InputError, VideoError
+from jvjepa.masks import Grid
 from jvjepa.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from jvjepa.train.augment import cut, random_window, view
 from jvjepa.train.manifest import DataError, Manifest, require_file
@@ -102,10 +103,14 @@ class ClipConfig:
         if not 0 <= self.view < self.views:
             raise ConfigError(f"view = {self.view}; it must be 0 to {self.views - 1}, below views")
 
+    def grid(self, encoder: EncoderConfig) -> Grid:
+        """The tubelets, rows and columns of a clip's tokens, (t, h, w)."""
+        side = self.crop_size // encoder.patch_size
+        return max(1, self.num_frames // encoder.tubelet_size), side, side
+
     def num_tokens(self, encoder: EncoderConfig) -> int:
         """How many tokens a clip has: N = t·h·w."""
-        side = self.crop_size // encoder.patch_size
-        return max(1, self.num_frames // encoder.tubelet_size) * side**2
+        return math.prod(self.grid(encoder))
 
 
 class Batch(NamedTuple):

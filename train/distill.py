@@ -17,7 +17,7 @@ from jvjepa.errors import ConfigError
 from jvjepa.layers import Dense, Remat
 from jvjepa.train.data import Batch, normalise
 from jvjepa.train.evaluation import mean_over
-from jvjepa.train.feeding import DataConfig
+from jvjepa.train.feeding import DataConfig, options
 from jvjepa.train.initialisation import init_params
 from jvjepa.train.manifest import Manifest
 from jvjepa.train.optimizer import OptimizerConfig, make_optimizer
@@ -137,12 +137,14 @@ def distill_task(
 
     tokens = config.data.clip.num_tokens(config_s)
     flops = 3 * forward_flops(config_s, tokens, tokens)
-    fields = ("size", "window", "optimizer", "loss", "dtype")
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name in fields}
     digest = weights_sha256(teacher.params["encoder"])
     return Task(
         name="distill",
-        record={"teacher": digest, **options, **config.data.record(manifest)},
+        record={
+            "teacher": digest,
+            **options(config, "data", "remat"),
+            **config.data.record(manifest),
+        },
         trained=params,
         carried={},
         frozen={"encoder": teacher.params["encoder"]},

@@ -10,6 +10,19 @@ from jvjepa.train.manifest import Manifest
 from jvjepa.train.task import Feed
 
 
+def options(config: Any, *without: str) -> dict[str, Any]:
+    """The fields of a configuration that tell a run from others.
+
+    Args:
+        config: of a kind of training.
+        without: fields that change nothing, or that are recorded in another form.
+
+    Returns:
+        The other fields, as JSON knows them.
+    """
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in without}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """How a manifest becomes batches; values are checked where they are used.

@@ -23,7 +23,7 @@ from jvjepa.layers import Remat
 from jvjepa.parameters import unstack_layers
 from jvjepa.train.data import Batch, normalise
 from jvjepa.train.evaluation import mean_over
-from jvjepa.train.feeding import DataConfig
+from jvjepa.train.feeding import DataConfig, options
 from jvjepa.train.initialisation import init_params
 from jvjepa.train.manifest import DataError, Manifest
 from jvjepa.train.optimizer import OptimizerConfig, divide, make_optimizer
@@ -167,14 +167,12 @@ def finetune_task(
         return {"validation/accuracy": right.astype(jnp.float32)}
 
     tokens = config.data.clip.num_tokens(encoder.config)
-    fields = ("optimizer", "smoothing", "dtype")
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name in fields}
     return Task(
         name="finetune",
         record={
             "model": model.config.to_json(),
             "frozen": weights_sha256(frozen) if frozen else "",
-            **options,
+            **options(config, "data", "remat", "num_layers", "num_heads"),  # these are in model
             **config.data.record(manifest),
         },
         trained=trained,

@@ -32,16 +32,14 @@ from jvjepa.masks import IMAGE_MASKS, VIDEO_MASKS, Grid, MaskConfig
 from jvjepa.parameters import parameter_shapes
 from jvjepa.predictor import Modality, Predictor
 from jvjepa.train.data import ClipConfig
-from jvjepa.train.feeding import DataConfig
+from jvjepa.train.feeding import DataConfig, options
 from jvjepa.train.initialisation import init_params
 from jvjepa.train.manifest import Manifest
 from jvjepa.train.optimizer import OptimizerConfig, make_optimizer
 from jvjepa.train.predictive import PredictiveLoss, maskings
 from jvjepa.train.task import Feed, Follow, Loss, State, Task
 from jvjepa.typing import Array, Params
-from jvjepa.weights import Model, check_names
-
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from jvjepa.weights import DTYPES, Model, check_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +116,7 @@ class PretrainConfig:
         _check(0 <= self.momentum <= 1, self, "momentum", "a share, 0 to 1")
         fits = self.final_momentum is None or self.momentum <= self.final_momentum <= 1
         _check(fits, self, "final_momentum", f"None, or {self.momentum} to 1")
-        _check(self.dtype in _DTYPES, self, "dtype", f"one of {list(_DTYPES)}")
+        _check(self.dtype in DTYPES, self, "dtype", f"one of {list(DTYPES)}")
 
 
 def _check(ok: bool, config: PretrainConfig, field: str, right: str) -> None:
@@ -194,7 +192,7 @@ def pretrain_task(
         optimizer=make_optimizer(config.optimizer, trained, steps=steps),
         feed=_feed(config, manifest, images),
         flops=flops,
-        dtype=_DTYPES[config.dtype],
+        dtype=DTYPES[config.dtype],
     )
 
 
@@ -246,15 +244,14 @@ def clip_grid(encoder: EncoderConfig, clip: ClipConfig) -> Grid:
     """
     shape = (1, clip.num_frames, clip.crop_size, clip.crop_size, 3)
     check_video(jax.ShapeDtypeStruct(shape, jnp.float32), encoder)
-    side = clip.crop_size // encoder.patch_size
-    return max(1, clip.num_frames // encoder.tubelet_size), side, side
+    return clip.grid(encoder)
 
 
 def make_branches(
     model: ModelConfig, config: PretrainConfig
 ) -> tuple[PredictiveLoss, PredictiveLoss | None]:
     """Makes the losses of clips and of images; None where there are no images."""
-    dtype = _DTYPES[config.dtype]
+    dtype = DTYPES[config.dtype]
     encoder = Encoder(model.encoder, dtype=dtype, remat=config.remat)
     predictor = Predictor(model.predictor, model.encoder, dtype=dtype, remat=config.remat)
 
@@ -355,12 +352,9 @@ def _record(
     model: ModelConfig, config: PretrainConfig, manifest: Manifest, images: Manifest | None
 ) -> dict[str, object]:
     """What tells a run from others; `remat` changes nothing but time."""
-    options = dataclasses.asdict(config)
-    for name in ("data", "images", "remat"):
-        del options[name]
     return {
         "model": {name: model.to_json()[name] for name in ("encoder", "predictor")},
-        **options,
+        **options(config, "data", "images", "remat"),
         **config.data.record(manifest),
         "images": None if config.images is None else config.images.record(images),
     }
