@@ -12,16 +12,12 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from jvjepa.area import parse_areas
-from jvjepa.attention import Backend
 from jvjepa.classification import Combine, classify_command
 from jvjepa.errors import InputError
 from jvjepa.gating import Reference
 from jvjepa.long import Long
-from jvjepa.streaming import Pool, Positions
-from jvjepa.weights import Model, load
+from jvjepa.options import DType, Reading, Running, Streaming
 
-_DType = Literal["float32", "bfloat16"]
 _Positional = tyro.conf.Positional
 
 
@@ -37,7 +33,7 @@ class Convert:
     with --probe the folder to make."""
     out: _Positional[Path | None] = None
     """The folder to make."""
-    dtype: _DType | None = None
+    dtype: DType | None = None
     """Dtype of the weights; by default the source's."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -101,40 +97,6 @@ class Verify:
     """The probe that was attached, if one was."""
     frames: int = 4
     """Frames of the random clips, a multiple of 2."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Running:
-    """How to run the model."""
-
-    dtype: _DType | None = None
-    """Dtype of the computation; by default that of the weights."""
-    attention: Backend = "auto"
-    """Attention backend."""
-    area: str | None = None
-    """Area attention, SPATIALxTEMPORAL splits as 2x2; by default what was stored at conversion."""
-    area_layers: str | None = None
-    """START:END of the layers that have it, as 0:18; by default the first three quarters."""
-    lora: Path | None = None
-    """LoRA adapters to merge into the weights."""
-
-    def load(self) -> Model:
-        """Loads the model of a command."""
-        areas = parse_areas(self.area, self.area_layers)
-        how = {"dtype": self.dtype, "attention": self.attention}
-        return load(self.model, **how, areas=areas, lora=self.lora)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading(Running):
-    """What to read of a video, and how to run the model."""
-
-    fps: float | None = None
-    """Frames per second to take; by default all frames are taken."""
-    start: float = 0.0
-    """Seconds to skip (files only)."""
-    end: float | None = None
-    """Seconds at which to stop."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,22 +207,6 @@ class Doctor:
 
     path: _Positional[Path]
     """A converted folder, a Hugging Face folder, a .pt file, or what may be one."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Streaming(Reading):
-    """The streaming encoder's options."""
-
-    window: int = 8
-    """Tubelets (pairs of frames) that a token sees."""
-    max_hold: int = 64
-    """Encode at the latest after this many skipped tubelets."""
-    settle: int = 0
-    """Encode this many more after each surprise, until the window is full of what is new."""
-    positions: Positions = "window"
-    """Count the frame axis in the window, or from the start of the stream."""
-    pool: Pool = "tubelet"
-    """Embed the newest tubelet, or the window."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

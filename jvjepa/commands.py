@@ -21,6 +21,7 @@ from jvjepa.errors import InputError, VideoError
 from jvjepa.gating import Gate
 from jvjepa.live import Result, Session, Tubelet, tubelets
 from jvjepa.long import embed_long, is_long
+from jvjepa.options import Streaming
 from jvjepa.parameters import count_parameters, parameter_shapes
 from jvjepa.pictures import read_clip
 from jvjepa.recording import Recorder, Thumbnails, check_output, save_npz
@@ -393,7 +394,7 @@ def _uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _session(options: cli.Streaming, model: Model, gate: Gate, console: Console) -> Session:
+def _session(options: Streaming, model: Model, gate: Gate, console: Console) -> Session:
     begin = time.perf_counter()
     session = Session(
         model, gate, window=options.window, positions=options.positions, pool=options.pool
