@@ -12,9 +12,10 @@ from einops import rearrange
 from jvjepa import rope
 from jvjepa.attention import Backend, check_backend
 from jvjepa.config import ActionPredictorConfig, EncoderConfig
+from jvjepa.dense import Dense
 from jvjepa.encoder import Encoder, banded_causal_mask
 from jvjepa.errors import InputError
-from jvjepa.layers import Dense, LayerNorm, RopeTables, make_blocks, normalize, run_blocks
+from jvjepa.layers import LayerNorm, RopeTables, make_blocks, normalize, run_blocks
 from jvjepa.typing import Array, DType, Params
 
 _CONDITIONS = 2  # tokens before those of a frame: its action, and its state

@@ -15,10 +15,12 @@ from flax.traverse_util import flatten_dict
 
 from jvjepa.errors import CheckpointError, ConfigError, InputError
 from jvjepa.lora import LoraConfig, factor_shapes, merge_lora, split, stacked_shapes, with_constants
+from jvjepa.packing import Quantization, pack_params
 from jvjepa.parameters import stack_layers, unstack_layers
+from jvjepa.records import CONFIG_FILE
 from jvjepa.storage import check_free, new_folder, open_safetensors, write_safetensors
 from jvjepa.typing import Array, Params
-from jvjepa.weights import CONFIG_FILE, check_names, load, save
+from jvjepa.weights import check_names, load, save
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,13 +56,14 @@ def weights_sha256(params: Params) -> str:
     """Digests the names, dtypes, shapes and values of the parameters of one part.
 
     Args:
-        params: of the part; blocks stacked or each of its own, which gives the same.
+        params: of the part; blocks stacked or each of its own, which gives the same. Of quantized
+            kernels it takes what is stored.
 
     Returns:
         The sha256, hexadecimal.
     """
     pieces: dict[str, dict[int, Array]] = {}  # of each array: the whole of it, or its layers
-    for name, leaf in flatten_dict(params, sep="/").items():
+    for name, leaf in flatten_dict(pack_params(params), sep="/").items():
         block = re.search(r"\bblocks_(\d+)", name)
         stacked = name if block is None else name.replace(block[0], "blocks", 1)
         pieces.setdefault(stacked, {})[-1 if block is None else int(block[1])] = leaf
@@ -102,13 +105,19 @@ def save_adapters(folder: str | Path, adapters: Adapters, *, force: bool = False
         write_safetensors(work / ADAPTERS_FILE, shapes, _F32, factors.items(), {"format": FORMAT})
 
 
-def load_adapters(folder: str | Path, params: Params | None = None) -> Adapters:
+def load_adapters(
+    folder: str | Path,
+    params: Params | None = None,
+    quantization: Quantization | None = None,
+) -> Adapters:
     """Loads adapters.
 
     Args:
         folder: what `save_adapters` wrote.
         params: of the whole model that they are for, {"encoder": .., ..}, to check that they were
             made for it; None checks nothing of the kind.
+        quantization: how `params` were quantized, `Model.quantization`; adapters of the
+            floating-point weights that they were made of are for them too.
 
     Returns:
         The adapters; their blocks are as those of `params`, and stacked without them.
@@ -135,7 +144,7 @@ def load_adapters(folder: str | Path, params: Params | None = None) -> Adapters:
     if params is not None:
         for part, right in base.items():
             found = weights_sha256(params[part])
-            if found != right:
+            if right not in (found, quantization and quantization.base.get(part)):
                 raise CheckpointError(
                     f"{folder} was trained on other weights: those of its {part} had the sha256 "
                     f"{right}, the model's have {found}"

@@ -14,10 +14,10 @@ import numpy as np
 
 from jvjepa.attention import Backend
 from jvjepa.config import AnticipatorConfig, EncoderConfig
+from jvjepa.dense import Dense
 from jvjepa.encoder import Encoder, check_video, concatenate_levels, token_grid
 from jvjepa.errors import InputError
 from jvjepa.heads import Pooler
-from jvjepa.layers import Dense
 from jvjepa.predictor import Predictor
 from jvjepa.typing import Array, DType, Params
 

@@ -17,11 +17,11 @@ from einops import rearrange
 from jvjepa import rope
 from jvjepa.area import Areas, areas
 from jvjepa.attention import Backend, check_backend
+from jvjepa.cache import Cache
 from jvjepa.config import EncoderConfig
+from jvjepa.dense import Dense
 from jvjepa.errors import InputError
 from jvjepa.layers import (
-    Cache,
-    Dense,
     LayerNorm,
     LevelNorms,
     Remat,

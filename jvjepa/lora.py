@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.parameters import stack_layers, unstack_layers
+from jvjepa.quantization import is_quantized
 from jvjepa.typing import Array, Params
 
 ATTENTION = "encoder/blocks/attention/(query|key|value|proj)"
@@ -259,13 +260,19 @@ def merge_lora(params: Params, lora: Params) -> Params:
         arrays. The product is taken in float32 and rounded once, to the kernel's dtype.
 
     Raises:
-        InputError: the adapters do not fit.
+        InputError: the adapters do not fit, or a kernel is quantized.
     """
     check_lora(params, lora)
     flat = flatten_dict(params, sep="/")
     for name, adapter in _by_layer(lora).items():
         a, b, scale = (jnp.asarray(adapter[key], jnp.float32) for key in ("a", "b", "scale"))
-        kernel = jnp.asarray(flat[f"{name}/kernel"])
+        kernel = flat[f"{name}/kernel"]
+        if is_quantized(kernel):
+            raise InputError(
+                f"{name} is quantized; adapters can be applied beside it, `variables`, or merged "
+                "into the floating-point weights"
+            )
+        kernel = jnp.asarray(kernel)
         change = jnp.matmul(a, b, precision="highest") * scale[..., None, None]
         flat[f"{name}/kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
     return unflatten_dict(flat, sep="/")

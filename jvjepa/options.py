@@ -6,6 +6,7 @@ from typing import Literal
 
 from jvjepa.area import parse_areas
 from jvjepa.attention import Backend
+from jvjepa.cache import CacheDType
 from jvjepa.streaming import Pool, Positions
 from jvjepa.weights import Model, load
 
@@ -60,3 +61,5 @@ class Streaming(Reading):
     """Count the frame axis in the window, or from the start of the stream."""
     pool: Pool = "tubelet"
     """Embed the newest tubelet, or the window."""
+    cache: CacheDType | None = None
+    """Keep the window's keys and values in 8 bits; by default in the dtype of the computation."""

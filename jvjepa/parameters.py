@@ -134,8 +134,13 @@ def _action_predictor(config: ActionPredictorConfig, width: int) -> dict[str, An
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Counts the parameters of each part that there is: encoder, predictor, classifier, .."""
+    return count_shapes(parameter_shapes(config))
+
+
+def count_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Counts the parameters of each part, from their shapes by flat name."""
     counts: dict[str, int] = {}
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in shapes.items():
         part = name.split("/")[0]
         counts[part] = counts.get(part, 0) + math.prod(shape)
     return counts

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jvjepa import rope
 from jvjepa.attention import Backend, check_backend
 from jvjepa.config import EncoderConfig, PredictorConfig
+from jvjepa.dense import Dense
 from jvjepa.encoder import modality_init
 from jvjepa.errors import InputError
-from jvjepa.layers import MLP, Dense, LayerNorm, Remat, RopeTables, make_blocks, run_blocks
+from jvjepa.layers import MLP, LayerNorm, Remat, RopeTables, make_blocks, run_blocks
 from jvjepa.selection import check_ids
 from jvjepa.typing import Array, DType, Params
 

@@ -23,6 +23,8 @@ _DTYPE_NAMES = {
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.uint8): "U8",
 }
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger ones too
 
@@ -123,7 +125,7 @@ def new_file(path: Path) -> Iterator[Path]:
 def write_safetensors(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
+    dtype: np.dtype | Mapping[str, np.dtype],
     tensors: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str],
 ) -> None:
@@ -134,20 +136,21 @@ def write_safetensors(
     Args:
         path: the file.
         shapes: name and shape of every tensor, in the order in which they arrive.
-        dtype: of all of them: float32, float16 or bfloat16.
+        dtype: of all of them, or of each by name: float32, float16, bfloat16, int8 or uint8.
         tensors: (name, piece) pairs; a tensor may come in several consecutive pieces, which are its
-            rows along the first axis. A piece has `dtype`.
+            rows along the first axis. A piece has its tensor's dtype.
         metadata: strings for the file's `__metadata__`.
 
     Raises:
         CheckpointError: what arrives is not what `shapes` promises.
     """
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtypes[name].itemsize
         header[name] = {
-            "dtype": _DTYPE_NAMES[dtype],
+            "dtype": _DTYPE_NAMES[dtypes[name]],
             "shape": list(shape),
             "data_offsets": [start, end],
         }
@@ -164,8 +167,12 @@ def write_safetensors(
                 current = next(names, "")
                 left = sizes.get(current, 0)
             rows = name == current and piece.shape[1:] == tuple(shapes[name][1:])
-            if not rows or piece.size > left or piece.dtype != dtype:
-                due = f"{left} values of {current} {dtype}" if current else "no more tensors"
+            if not rows or piece.size > left or piece.dtype != dtypes[name]:
+                due = (
+                    f"{left} values of {current} {dtypes[current]}"
+                    if current
+                    else "no more tensors"
+                )
                 raise CheckpointError(
                     f"writing {path}: {name} {piece.dtype} {list(piece.shape)} arrived where "
                     f"{due} were due"

@@ -16,10 +16,11 @@ import numpy as np
 
 from jvjepa import rope
 from jvjepa.area import row_areas
+from jvjepa.cache import Cache, CacheDType, make_cache
 from jvjepa.config import EncoderConfig
 from jvjepa.encoder import Encoder, check_video, token_grid
 from jvjepa.errors import ConfigError, InputError
-from jvjepa.layers import Cache, RopeTables, StreamPlan
+from jvjepa.layers import RopeTables, StreamPlan
 from jvjepa.typing import Array, Params
 
 Positions = Literal["window", "absolute"]
@@ -30,7 +31,8 @@ class StreamState(NamedTuple):
     """What a stream remembers: a plain pytree of arrays, to be saved and restored as such.
 
     Args:
-        cache: keys before rotation and values, [L, B, W, S, H, K] each, a ring over W.
+        cache: keys before rotation and values, [L, B, W, S, H, K] each, a ring over W; in 8 bits
+            with a scale for each token and head, see `jvjepa.cache`, if it was made so.
         time: int32 [B], tubelets that each stream has seen since its reset.
         pooled: float32 [B, W, D], the mean token of each tubelet in the window, also a ring.
     """
@@ -59,6 +61,7 @@ def init_state(
     *,
     height: int | None = None,
     width: int | None = None,
+    cache: CacheDType | None = None,
 ) -> StreamState:
     """Makes the state of streams that have seen nothing.
 
@@ -68,13 +71,16 @@ def init_state(
         window: tubelets W that a token sees, its own included.
         height: pixels H of the video; None means the encoder's `crop_size`.
         width: pixels W of the video; None means the encoder's `crop_size`.
+        cache: round keys and values to "int8" or "fp8", see `jvjepa.cache`, which changes results a
+            little; None keeps them in the encoder's dtype.
 
     Returns:
-        The state, 2·L·B·W·S·D values in the encoder's dtype and little more.
+        The state, 2·L·B·W·S·D values in the encoder's dtype, or of a byte, and little more.
 
     Raises:
         InputError: a number is impossible, or the encoder has areas over time.
-        ConfigError: the encoder takes positions from its config and the video has another grid.
+        ConfigError: `cache` is unknown, or the encoder takes positions from its config and the
+            video has another grid.
     """
     config = encoder.config
     for name, value in (("batch_size", batch_size), ("window", window)):
@@ -87,7 +93,7 @@ def init_state(
     shape = (config.num_layers, batch_size, window, rows * columns)
     shape = (*shape, config.num_heads, config.head_width)
     return StreamState(
-        cache=Cache(jnp.zeros(shape, encoder.dtype), jnp.zeros(shape, encoder.dtype)),
+        cache=make_cache(shape, encoder.dtype, cache),
         time=jnp.zeros((batch_size,), jnp.int32),
         pooled=jnp.zeros((batch_size, window, config.hidden_size), jnp.float32),
     )
@@ -196,7 +202,7 @@ def reset(state: StreamState, which: Array) -> StreamState:
 
     # The cache is emptied too: masked values still meet a product with 0, which NaN survives.
     return StreamState(
-        cache=Cache(clear(state.cache.keys, 1), clear(state.cache.values, 1)),
+        cache=jax.tree.map(lambda leaf: clear(leaf, 1), state.cache),
         time=clear(state.time, 0),
         pooled=clear(state.pooled, 0),
     )

@@ -26,9 +26,10 @@ from jvjepa.action import ActionPredictor
 from jvjepa.anticipation import Anticipator
 from jvjepa.area import AreaOptions
 from jvjepa.config import EncoderConfig
+from jvjepa.dense import Dense
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.heads import Classifier
-from jvjepa.layers import Dense, make_blocks
+from jvjepa.layers import make_blocks
 from jvjepa.lora import LoraConfig, init_lora, join, merge_lora, split, variables
 from jvjepa.parameters import parameter_shapes, stack_layers, unstack_layers
 from jvjepa.predictor import Predictor
