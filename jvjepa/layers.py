@@ -6,67 +6,19 @@ from typing import Literal, NamedTuple, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jvjepa import rope
 from jvjepa.area import Areas, RowAreas
 from jvjepa.attention import Backend, attention
+from jvjepa.cache import Cache, window, write
 from jvjepa.config import BlockConfig
+from jvjepa.dense import PRODUCT, Dense
 from jvjepa.errors import ConfigError
-from jvjepa.quantization import dequantize, is_quantized
+from jvjepa.reduced import proportional_attention
 from jvjepa.typing import Array, DType
 
 _MLP_BLOCK = 1024  # tokens
-_PRODUCT = "product"  # what the results of products with weights are called
-
-kernel_init = nn.initializers.truncated_normal(stddev=0.02)
-
-
-class Dense(nn.Module):
-    """x @ kernel + bias; with an adapter, + scale · (x @ a) @ b.
-
-    The kernel may be one of `jvjepa.quantization`. The adapter is what the collection "lora" holds,
-    see `jvjepa.lora`. With an rng "dropout", and where the adapter has a rate, its input is dropped
-    out.
-
-    Args:
-        features: output channels.
-        dtype: of the computation and the output.
-        param_dtype: of kernel [in, features] and bias [features].
-    """
-
-    features: int
-    dtype: DType = jnp.float32
-    param_dtype: DType = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps [..., in] to [..., features]."""
-        kernel = self._kernel(x.shape[-1])
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-        x = x.astype(self.dtype)
-        y = checkpoint_name(jnp.matmul(x, kernel.astype(self.dtype)), _PRODUCT)
-        y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (self.features,))
-        return y + self._adapt(x) if self.has_variable("lora", "a") else y
-
-    def _kernel(self, inputs: int) -> Array:
-        if self.has_variable("params", "kernel"):
-            kernel = self.get_variable("params", "kernel")
-            if is_quantized(kernel):
-                return dequantize(kernel)
-        return self.param("kernel", kernel_init, (inputs, self.features), self.param_dtype)
-
-    def _adapt(self, x: Array) -> Array:
-        a, b, scale = (self.get_variable("lora", name) for name in ("a", "b", "scale"))
-        scale = jax.lax.stop_gradient(scale)
-        if self.has_variable("lora", "dropout") and self.has_rng("dropout"):
-            keep = 1 - self.get_variable("lora", "dropout")
-            kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
-            x, scale = jnp.where(kept, x, jnp.zeros((), x.dtype)), scale / keep
-        y = jnp.matmul(x, a.astype(self.dtype))
-        y = (y.astype(jnp.float32) * scale).astype(self.dtype)  # bfloat16 would round the scale
-        return jnp.matmul(y, b.astype(self.dtype))
 
 
 def by_clips(x: Array) -> Array:
@@ -160,13 +112,6 @@ class RopeTables(NamedTuple):
     sin: Array
 
 
-class Cache(NamedTuple):
-    """Keys before rotation, and values, of the window: [L, B, W, S, H, K] each."""
-
-    keys: Array
-    values: Array
-
-
 class StreamPlan(NamedTuple):
     """Where one streaming step writes and what it sees; the same in every layer.
 
@@ -229,14 +174,31 @@ class SelfAttention(nn.Module):
         out = _attend(areas, in_areas, over_areas, over_all, q, k, v)
         return self.proj(out.reshape(x.shape))
 
+    def proportional(
+        self, x: Array, tables: RopeTables | None, sizes: Array | None
+    ) -> tuple[Array, Array]:
+        """Attends within x [B, M, D], whose tokens stand for `sizes` [B, M] each, None for 1.
+
+        Returns [B, M, D], and the keys before rotation, averaged over heads, float32 [B, M, K].
+        """
+        q, k, v = (self._heads(part(x)) for part in (self.query, self.key, self.value))
+        metric = jnp.mean(k.astype(jnp.float32), axis=2)
+        if tables is not None:
+            q, k = rope.rotate(q, *tables), rope.rotate(k, *tables)
+        if sizes is None:
+            out = attention(q, k, v, backend=self.backend)
+        else:
+            out = proportional_attention(q, k, v, sizes, self.backend)
+        return self.proj(out.reshape(x.shape)), metric
+
     def stream(
         self, x: Array, cache: Cache, layer: Array, plan: StreamPlan, in_areas: Array | None
     ) -> tuple[Array, Cache]:
         """Writes x [B, S, D] into the ring of `layer` and attends over that ring."""
         q = rope.rotate(self._heads(self.query(x)), *plan.query_rope)
-        keys = _write(cache.keys, self._heads(self.key(x)), layer, plan.slot)
-        values = _write(cache.values, self._heads(self.value(x)), layer, plan.slot)
-        k = rope.rotate(_window(keys, layer), *plan.key_rope)
+        keys = write(cache.keys, self._heads(self.key(x)), layer, plan.slot)
+        values = write(cache.values, self._heads(self.value(x)), layer, plan.slot)
+        k = rope.rotate(window(keys, layer, self.dtype), *plan.key_rope)
 
         def over_all(q: Array, k: Array, v: Array) -> Array:
             return attention(q, k, v, mask=plan.sees, backend=self.backend)
@@ -244,7 +206,7 @@ class SelfAttention(nn.Module):
         def over_areas(q: Array, k: Array, v: Array) -> Array:
             return plan.areas.attend(q, k, v, plan.sees, self.backend)
 
-        v = _window(values, layer)
+        v = window(values, layer, self.dtype)
         out = _attend(plan.areas, in_areas, over_areas, over_all, q, k, v)
         return self.proj(out.reshape(x.shape)), Cache(keys, values)
 
@@ -262,21 +224,6 @@ def _attend(
     if in_areas is None:
         return over_areas(*qkv)
     return jax.lax.cond(in_areas, over_areas, over_all, *qkv)
-
-
-def _write(ring: Array, new: Array, layer: Array, slot: Array) -> Array:
-    """Puts new [B, S, H, K] into ring [L, B, W, S, H, K]; in place, as the ring is carried."""
-    for b in range(new.shape[0]):  # each stream has a slot of its own
-        index = (layer, b, slot[b], 0, 0, 0)
-        ring = jax.lax.dynamic_update_slice(ring, new[None, b : b + 1, None], index)
-    return ring
-
-
-def _window(ring: Array, layer: Array) -> Array:
-    """The ring of one layer as a sequence: [B, W·S, H, K]."""
-    window = jax.lax.dynamic_index_in_dim(ring, layer, keepdims=False)
-    batch, tubelets, tokens, heads, width = window.shape
-    return window.reshape(batch, tubelets * tokens, heads, width)
 
 
 class MLP(nn.Module):
@@ -331,8 +278,20 @@ class Block(nn.Module):
         """One layer over [B, N, D]; with areas if `in_areas` is None or True."""
         x = by_clips(x)
         x = x + self.attention(self.norm1(x), tables, mask, areas, in_areas)
+        return self.feed(x), None
+
+    def attend(
+        self, x: Array, tables: RopeTables | None, sizes: Array | None
+    ) -> tuple[Array, Array]:
+        """The first half of a layer, and its keys; see `SelfAttention.proportional`."""
         x = by_clips(x)
-        return x + self.mlp(self.norm2(x)), None
+        out, metric = self.attention.proportional(self.norm1(x), tables, sizes)
+        return x + out, metric
+
+    def feed(self, x: Array) -> Array:
+        """The second half of a layer, [B, M, D] to [B, M, D]."""
+        x = by_clips(x)
+        return x + self.mlp(self.norm2(x))
 
     def collect(
         self,
@@ -394,7 +353,7 @@ def make_blocks(
     kind = Block
     if remat != "none":
         # By name: a policy for products without batch axes keeps those of `chunked` attention too.
-        policy = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+        policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
         policy = policy if remat == "products" else None
         # In a loop nothing could be found to be computed twice anyway.
         how = {"policy": policy, "prevent_cse": not scan}
