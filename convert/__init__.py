@@ -13,4 +13,7 @@ from jvjepa.convert.labels import ActionLabels as ActionLabels
 from jvjepa.convert.labels import read_epic_labels as read_epic_labels
 from jvjepa.convert.labels import read_labels as read_labels
 from jvjepa.convert.probes import attach_probe as attach_probe
+from jvjepa.convert.quality import convert_quality as convert_quality
+from jvjepa.convert.quality import convert_text as convert_text
+from jvjepa.convert.quality import is_text_source as is_text_source
 from jvjepa.convert.verification import verify as verify

@@ -15,10 +15,17 @@ from jvjepa.convert.opening import open_original
 from jvjepa.convert.progress import progress
 from jvjepa.convert.source import StoredTensor, Weights
 from jvjepa.convert.tables import Entry, expected_shapes
-from jvjepa.errors import CheckpointError, ConfigError, InputError
+from jvjepa.errors import CheckpointError, InputError
 from jvjepa.parameters import count_parameters
 from jvjepa.storage import check_free, new_folder
-from jvjepa.weights import DTYPES, WEIGHTS_FILE, Source, check_names, write_checkpoint
+from jvjepa.weights import (
+    DTYPES,
+    WEIGHTS_FILE,
+    Source,
+    check_dtype,
+    check_names,
+    write_checkpoint,
+)
 
 DTypeName = Literal["float32", "bfloat16"]
 NO_HINTS = Hints()
@@ -114,12 +121,6 @@ def convert(
         num_bytes=(out / WEIGHTS_FILE).stat().st_size,
         source=record,
     )
-
-
-def check_dtype(dtype: str | None) -> None:
-    """Raises ConfigError unless `dtype` is None or one that we store."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
 
 
 def check_apart(source: Path, out: Path) -> None:

@@ -3,12 +3,15 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from jvjepa import records
 from jvjepa import weights as our_weights
 from jvjepa.config import EncoderConfig, ModelConfig
 from jvjepa.convert.architecture import Hints, infer, released_probe
+from jvjepa.convert.bert import bert_entries, is_bert, read_text_config, split
 from jvjepa.convert.huggingface import hf_entries
 from jvjepa.convert.meta import (
     ENCODER_KEYS,
@@ -17,14 +20,26 @@ from jvjepa.convert.meta import (
     open_parts,
     probe_parts,
 )
+from jvjepa.convert.qualivision import (
+    HEAD,
+    TEXT,
+    VIDEO,
+    open_qualivision,
+    qualivision_entries,
+    state_dict_key,
+)
+from jvjepa.convert.qualivision import infer as infer_quality
 from jvjepa.convert.source import open_weights, read_config
 from jvjepa.convert.tables import expected_shapes
 from jvjepa.convert.torchfile import TorchFile, open_torch
 from jvjepa.convert.torchpickle import inspect_pickle
 from jvjepa.errors import CheckpointError, ConfigError, InputError
 from jvjepa.parameters import count_parameters
+from jvjepa.quality_summary import Summary, summarise
 from jvjepa.registry import RELEASES
 from jvjepa.storage import open_safetensors
+from jvjepa.text_config import TextConfig
+from jvjepa.text_weights import read_tokenizer
 from jvjepa.weights import check_names, check_stored
 
 
@@ -65,7 +80,7 @@ def diagnose(path: str | Path) -> Diagnosis:
     try:
         if not path.is_dir():
             return _torch_file(path)
-        if not (path / our_weights.CONFIG_FILE).exists():
+        if not (path / records.CONFIG_FILE).exists():
             return _folder_without_config(path)
         return _ours(path) if _is_ours(path) else _hugging_face(path)
     except (CheckpointError, ConfigError) as error:
@@ -81,23 +96,29 @@ def diagnose(path: str | Path) -> Diagnosis:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        values = json.loads((folder / our_weights.CONFIG_FILE).read_text(encoding="utf-8"))
+        values = json.loads((folder / records.CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError:
         return False  # reading it as Hugging Face's says what is wrong with it
     return isinstance(values, dict) and "format" in values
 
 
 def _ours(folder: Path) -> Diagnosis:
+    summary = summarise(folder)
+    if summary is not None:
+        return _quality(folder, summary)
     config, source = our_weights.read_record(folder)
+    quantization = our_weights.read_quantization(folder)
     path = folder / our_weights.WEIGHTS_FILE
     facts = _describe(config)
     if source is not None:
         revision = f" at {source.revision}" if source.revision else ""
         facts["converted from"] = f"{source.name}{revision}, sha256 {source.sha256}"
+    if quantization is not None:
+        facts["quantized"] = quantization.describe()
     problems = []
     with open_safetensors(path) as file:
         try:
-            facts["dtype"] = check_stored(path, file, config).name
+            facts["dtype"] = check_stored(path, file, config, quantization).name
         except CheckpointError as error:
             problems.append(str(error))
     facts |= _files([path])
@@ -116,7 +137,28 @@ def _ours(folder: Path) -> Diagnosis:
     )
 
 
+def _quality(folder: Path, summary: Summary) -> Diagnosis:
+    """Of a converted text encoder or a video-quality model."""
+    facts, problems = dict(summary.facts), []
+    if summary.source is not None:
+        facts["converted from"] = f"{summary.source.name}, sha256 {summary.source.sha256}"
+    try:
+        facts["dtype"] = summary.check(folder).name
+    except CheckpointError as error:
+        problems.append(str(error))
+    scores = "scores" in facts
+    return Diagnosis(
+        path=folder,
+        kind=summary.kind,
+        facts=facts | _files([folder / our_weights.WEIGHTS_FILE]),
+        problems=problems,
+        commands=[f'jvjepa mos {folder} VIDEO --prompt "TEXT"'] if scores else [],
+    )
+
+
 def _hugging_face(folder: Path) -> Diagnosis:
+    if is_bert(folder):
+        return _text(folder)
     _, config = read_config(folder)
     facts, problems = _describe(config), []
     with open_weights(folder) as weights:
@@ -132,6 +174,29 @@ def _hugging_face(folder: Path) -> Diagnosis:
         facts=facts,
         problems=problems,
         commands=[f"jvjepa convert {folder} OUT", f"jvjepa verify OUT {folder}"],
+    )
+
+
+def _text(folder: Path) -> Diagnosis:
+    """Of a Hugging Face folder of a sentence encoder."""
+    _, config = read_text_config(folder)
+    tokenizer = read_tokenizer(folder, config)
+    problems = []
+    with open_weights(folder) as weights:
+        used, _ = split(weights.tensors)
+        shapes = {name: tensor.shape for name, tensor in used.items()}
+        try:
+            check_names(str(folder), shapes, expected_shapes(bert_entries(config)))
+        except CheckpointError as error:
+            problems.append(str(error))
+        files = _files(list(weights.files))
+    sizes = f"width {config.hidden_size}, {config.num_layers} layers, {config.pooling} pooling"
+    return Diagnosis(
+        path=folder,
+        kind="a Hugging Face checkpoint of a sentence encoder",
+        facts={"text encoder": f"{sizes}, {tokenizer.max_length} tokens at most", **files},
+        problems=problems,
+        commands=[] if problems else [f"jvjepa convert {folder} OUT"],
     )
 
 
@@ -162,6 +227,8 @@ def _torch_file(path: Path) -> Diagnosis:
             return _probe(file)
         if any(key in file.parts for key in ENCODER_KEYS):
             return _pretrained(file)
+        if state_dict_key(file) is not None:
+            return _qualivision(file)
         return Diagnosis(
             path=path,
             kind="a file of torch.save, not of Meta's V-JEPA",
@@ -197,6 +264,56 @@ def _pretrained(file: TorchFile) -> Diagnosis:
         facts=facts,
         problems=problems,
         commands=commands,
+    )
+
+
+def _qualivision(file: TorchFile) -> Diagnosis:
+    weights, problems = open_qualivision(file), []
+    # Numbers of heads change no shape; one will do here.
+    try:
+        text = _text_config(file.path, weights.shapes)
+        config = infer_quality(file.path, weights, text, Hints(heads=1))
+        wanted = expected_shapes(qualivision_entries(config))
+        if not weights.has_text:
+            wanted = {name: shape for name, shape in wanted.items() if not name.startswith(TEXT)}
+        check_names(str(file.path), weights.shapes, wanted)
+    except CheckpointError as error:
+        problems.append(str(error))
+    left_out = {f"left out, {name}": why for name, why in weights.dropped.items()}
+    facts = {"holds": str(file), "dtype": _dtypes(weights.tensors), **left_out}
+    facts["text encoder"] = "in the file" if weights.has_text else "not in the file"
+    text = "--text BAAI/bge-large-en-v1.5"
+    return Diagnosis(
+        path=file.path,
+        kind="a checkpoint of QualiVision",
+        facts=facts | _files([file.path]),
+        problems=problems,
+        commands=[] if problems else [f"jvjepa convert {file.path} OUT {text}"],
+    )
+
+
+def _text_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> TextConfig:
+    """The text encoder of a checkpoint of QualiVision, as far as shapes tell."""
+    inside = {name.removeprefix(TEXT): shape for name, shape in shapes.items() if TEXT in name}
+    if not inside:  # only its width matters
+        (joined,) = shapes.get(f"{HEAD}0.weight", (0,))
+        width = shapes.get(f"{VIDEO}encoder.layernorm.weight", (0,))[0]
+        return TextConfig(hidden_size=max(1, joined - width), num_heads=1)
+    tables = {
+        size: inside.get(f"embeddings.{name}_embeddings.weight", (1, 1))
+        for size, name in (
+            ("vocab_size", "word"),
+            ("max_positions", "position"),
+            ("type_vocab_size", "token_type"),
+        )
+    }
+    layers = [int(x[1]) for x in map(re.compile(r"encoder\.layer\.(\d+)\.").match, inside) if x]
+    return TextConfig(
+        **{size: shape[0] for size, shape in tables.items()},
+        hidden_size=tables["vocab_size"][-1],
+        num_layers=max(layers, default=0) + 1,
+        num_heads=1,
+        mlp_dim=inside.get("encoder.layer.0.intermediate.dense.bias", (1,))[0],
     )
 
 

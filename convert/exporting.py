@@ -16,8 +16,8 @@ from jvjepa.convert.source import CONFIG_FILE, PREPROCESSOR_FILES, WEIGHTS_FILE
 from jvjepa.convert.tables import Entry, expected_shapes
 from jvjepa.errors import ConfigError
 from jvjepa.parameters import count_parameters
+from jvjepa.records import CONFIG_FILE as OUR_CONFIG_FILE
 from jvjepa.storage import check_free, new_folder, open_safetensors, write_safetensors
-from jvjepa.weights import CONFIG_FILE as OUR_CONFIG_FILE
 from jvjepa.weights import WEIGHTS_FILE as OUR_WEIGHTS_FILE
 from jvjepa.weights import check_stored, read_record
 

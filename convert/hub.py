@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from jvjepa import registry
+from jvjepa.convert.bert import FILES as TEXT_FILES
 from jvjepa.convert.source import CONFIG_FILE, INDEX_FILE, PREPROCESSOR_FILES
 from jvjepa.errors import InputError
 
@@ -88,7 +89,7 @@ def _registered(name: str) -> str:
 
 def _download(source: str, repo: str, revision: str | None) -> Path:
     """Returns the snapshot in the cache; its name is the commit."""
-    patterns = [CONFIG_FILE, "*.safetensors", INDEX_FILE, *PREPROCESSOR_FILES]
+    patterns = [CONFIG_FILE, "*.safetensors", INDEX_FILE, *PREPROCESSOR_FILES, *TEXT_FILES]
     where = repo if revision is None else f"{repo} at revision {revision}"
     here = f"{source} is not a folder, and {where}"
     try:

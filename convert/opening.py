@@ -11,6 +11,7 @@ from jvjepa.convert import hub
 from jvjepa.convert.architecture import Hints, infer, released_file
 from jvjepa.convert.huggingface import hf_entries
 from jvjepa.convert.meta import MetaWeights, encoder_key, meta_entries, model_parts, open_parts
+from jvjepa.convert.qualivision import state_dict_key
 from jvjepa.convert.source import Weights, open_weights, read_config, read_preprocessor
 from jvjepa.convert.tables import Entry
 from jvjepa.convert.torchfile import open_torch
@@ -101,6 +102,11 @@ def open_original(
             raise InputError(
                 f"{source} is a probe without an encoder; attach it to a converted one: "
                 f"jvjepa convert --probe {source} --encoder MODEL --labels FILE OUT"
+            )
+        if state_dict_key(file) is not None:
+            raise InputError(
+                f"{source} is a checkpoint of QualiVision, and does not describe its text encoder; "
+                f"name that: jvjepa convert {source} OUT --text BAAI/bge-large-en-v1.5"
             )
         release = released_file(found.path)
         chosen = encoder_key(file, key, release.key if release else None)

@@ -16,8 +16,9 @@ from jvjepa.adapters import Adapters, load_adapters
 from jvjepa.convert.huggingface import hf_entries, to_hf_config
 from jvjepa.convert.tables import LINEAR, Entry
 from jvjepa.errors import ConfigError
+from jvjepa.records import CONFIG_FILE
 from jvjepa.storage import check_free, new_folder, write_safetensors
-from jvjepa.weights import CONFIG_FILE, load
+from jvjepa.weights import load
 
 _PREFIX = "base_model.model"  # peft's wrappers
 _F32 = np.dtype(np.float32)

@@ -82,7 +82,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         ConfigError: it describes another model, or an impossible or unsupported one.
     """
     path = folder / CONFIG_FILE
-    values = _read_json(path)
+    values = read_object(path)
     if "model_type" not in values and "format" in values:
         raise ConfigError(
             f"{path}: {folder} is converted already; SOURCE must be a Hugging Face checkpoint"
@@ -107,7 +107,7 @@ def read_preprocessor(folder: Path) -> dict[str, Any] | None:
     """
     for name in PREPROCESSOR_FILES:
         if (folder / name).exists():
-            return _read_json(folder / name)
+            return read_object(folder / name)
     return None
 
 
@@ -146,7 +146,7 @@ def open_weights(folder: Path) -> Iterator[Weights]:
 
 
 def _check_index(index: Path, paths: list[Path], tensors: dict[str, StoredTensor]) -> None:
-    promised = _read_json(index).get("weight_map")
+    promised = read_object(index).get("weight_map")
     if not isinstance(promised, dict) or not all(isinstance(f, str) for f in promised.values()):
         raise CheckpointError(f"{index} has no object 'weight_map' of tensor: file")
     there = {path.name for path in paths}
@@ -163,15 +163,31 @@ def _check_index(index: Path, paths: list[Path], tensors: dict[str, StoredTensor
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """As `read_json`; raises CheckpointError where it is no object."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return values
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of a checkpoint.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} does not exist; SOURCE must be a Hugging Face checkpoint"
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return values

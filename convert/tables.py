@@ -24,7 +24,7 @@ class Transform(NamedTuple):
     """
 
     to_ours: Callable[[NDArray[Any]], NDArray[Any]]
-    to_theirs: Callable[[NDArray[Any], EncoderConfig], NDArray[Any]]
+    to_theirs: Callable[[NDArray[Any], EncoderConfig | None], NDArray[Any]]
 
 
 class Row(NamedTuple):
@@ -123,13 +123,33 @@ def entries(
     Returns:
         One entry for each tensor of ours, in the order of `parameter_shapes`, layers ascending.
     """
+    return shape_entries(parameter_shapes(config), table, config.encoder, rename)
+
+
+def shape_entries(
+    shapes: Mapping[str, tuple[int, ...]],
+    table: Sequence[Row],
+    config: EncoderConfig | None = None,
+    rename: Callable[[str], str] = str,
+) -> list[Entry]:
+    """As `entries`, for parameters of these names and shapes.
+
+    Args:
+        shapes: of our tensors by flat name.
+        table: has a row for each of them.
+        config: gives the sizes of patches; None where there are none.
+        rename: as in `entries`.
+
+    Returns:
+        One entry for each tensor of ours, in the order of `shapes`, layers ascending.
+    """
     by_ours = {row.ours: row for row in table}
     found = []
-    for ours, shape in parameter_shapes(config).items():
+    for ours, shape in shapes.items():
         row = by_ours[ours]
         stacked = "{i}" in row.theirs
         piece = np.broadcast_to(np.float32(0), shape[1:] if stacked else shape)  # takes no memory
-        rows, *rest = row.transform.to_theirs(piece, config.encoder).shape
+        rows, *rest = row.transform.to_theirs(piece, config).shape
         for layer in range(shape[0]) if stacked else (None,):
             found.append(
                 Entry(

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jvjepa.convert.source import StoredTensor
-from jvjepa.convert.torchpickle import DTYPES, Archive, open_archive
+from jvjepa.convert.torchpickle import DTYPES, NUMPY_SCALAR, Archive, open_archive
 from jvjepa.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     import torch
 
+# Of NumPy numbers, which are read; an array is not, nor a number of another kind.
+_NUMPY_KINDS = ("bool", "int32", "int64", "float32", "float64")
 # A pickle that is whole but wrong makes torch call its own functions with wrong values.
 _WRONG_VALUES = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -167,8 +169,11 @@ def _load(path: Path) -> object:
         if error.name != "torch":
             raise
         raise InputError(f"{path} needs torch: pip install 'jvjepa[torch]' brings it") from None
+    numbers = [np.dtype, *(type(np.dtype(kind)) for kind in _NUMPY_KINDS)]
+    numbers += [(np.float64(0).__reduce__()[0], name) for name in NUMPY_SCALAR]
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(numbers):
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, *_WRONG_VALUES) as error:
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         raise CheckpointError(f"{path}: torch cannot load it: {reason}") from None

@@ -43,6 +43,9 @@ _PLAIN = frozenset(
     torch.per_channel_affine torch.per_tensor_affine torch.serialization._get_layout
     """.split()
 ).union(DTYPES, (f"torch.{name}Storage" for name in _ITEM_BYTES))
+# What a NumPy number needs, as a best score often is; the first is the name before NumPy 2.
+NUMPY_SCALAR = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+NUMPY_NUMBER = frozenset((*NUMPY_SCALAR, "numpy.dtype"))
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how files of torch before 1.6 begin, as a pickle
 _ZIP = b"PK\x03\x04"
 _RIGHT = "what torch.save(model.state_dict(), ..) writes would be right"
@@ -130,8 +133,8 @@ class PickleReport:
 
     @property
     def code(self) -> tuple[str, ...]:
-        """The names that tensors and plain values do not need: none in a good checkpoint."""
-        return tuple(name for name in self.names if name not in _PLAIN)
+        """The names that tensors, plain values, and NumPy's numbers do not need: none if good."""
+        return tuple(name for name in self.names if name not in _PLAIN | NUMPY_NUMBER)
 
 
 def inspect_pickle(path: str | Path) -> PickleReport:

@@ -5,13 +5,10 @@ answers to them are combined) of Meta's V-JEPA 2. Meta's evaluation draws the pl
 random; here they are fixed, so that the same video gives the same answer.
 """
 
-import contextlib
 import dataclasses
 import functools
-import itertools
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
@@ -20,20 +17,11 @@ import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 
-from jvjepa import video
-from jvjepa.decoding import (
-    Index,
-    Source,
-    UnexpectedError,
-    index_frames,
-    index_packets,
-    is_live,
-    locate,
-)
+from jvjepa.clips import read_views, shown_at, with_index
+from jvjepa.decoding import Index, Source
 from jvjepa.encoder import Encoder
-from jvjepa.errors import InputError, VideoError
+from jvjepa.errors import InputError
 from jvjepa.heads import Classifier
-from jvjepa.preprocessing import HasCropSize, crops
 from jvjepa.recording import check_output, save_json
 from jvjepa.typing import Array, Params
 from jvjepa.weights import Model, read_record
@@ -44,8 +32,6 @@ if TYPE_CHECKING:
     from jvjepa import cli
 
 Combine = Literal["tokens", "probabilities"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,22 +124,9 @@ def classify(
         # In a short video all clips are the same one.
         chosen = clip_indices(len(index.ticks), num_frames, clips, frame_step)
         chosen = np.unique(chosen, axis=0)
-        times = np.array(
-            [[index.clock.seconds(int(t)) for t in index.ticks[row]] for row in chosen]
-        )
-        return _classify(model, source, times, views, combine, progress)
+        return _classify(model, source, shown_at(index, chosen), views, combine, progress)
 
-    place = locate(source, video.Reconnect().timeout)
-    if is_live(place):
-        raise VideoError(f"{place.name}: is live and has no end; a file can be classified")
-    index = index_packets(place)
-    if index is not None:
-        try:
-            return run(index)
-        except UnexpectedError as error:
-            # The file is not as its packets say, or is damaged; the decoder has the last word.
-            _log.debug("%s; counting its frames by decoding it", error)
-    return run(index_frames(place))
+    return with_index(source, run)
 
 
 def clip_indices(
@@ -272,7 +245,7 @@ def _classify(
     config = model.config.classifier
     tokens: list[list[Array]] = []  # of every view of every clip
     answers: list[Array] = []
-    for i, clip in enumerate(_read(source, times, model.config, views)):
+    for i, clip in enumerate(read_views(source, times, model.config, views)):
         progress(f"clip {i + 1} of {len(times)}")
         encoded = [encode(view[None], config.layers) for view in clip]
         views = len(encoded)
@@ -287,28 +260,6 @@ def _classify(
         views=views,
         times=times,
     )
-
-
-def _read(
-    source: Source, times: NDArray[np.float64], config: HasCropSize, views: int
-) -> Iterator[NDArray[np.float32]]:
-    """Yields the views [M, T, crop, crop, 3] of each clip, whose frames begin at `times`."""
-    name = locate(source, video.Reconnect().timeout).name
-    shape: tuple[int, ...] | None = None
-    for clip in times:
-        wanted, places = np.unique(clip, return_inverse=True)
-        kept = []
-        with contextlib.closing(video.stream(source, start=float(wanted[0]))) as frames:
-            due = ((frame, at) for frame, at in frames if at in wanted)
-            for frame, at in itertools.islice(due, len(wanted)):
-                shape = shape or frame.shape
-                if frame.shape != shape:
-                    sizes = " to ".join(f"{w} x {h}" for h, w, _ in (shape, frame.shape))
-                    raise VideoError(f"{name}: its size changes from {sizes} at {at:.3f} s")
-                kept.append(crops(frame[None], config, views))
-        if len(kept) < len(wanted):
-            raise UnexpectedError(f"{name}: no frame comes for {wanted[len(kept)]:.3f} s")
-        yield np.concatenate(kept, axis=1)[:, places]
 
 
 @functools.partial(jax.jit, static_argnames=("encoder", "layers"))

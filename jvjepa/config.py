@@ -4,52 +4,24 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from jvjepa.errors import ConfigError
+from jvjepa.fields import build, check, check_bools, check_choices, check_eps, check_positive_ints
 
 Rope = Literal["tiled", "interleaved"]
 RopeGrid = Literal["input", "config"]
-_T = TypeVar("_T")
-
-
-def _check(ok: bool, owner: object, field: str, right: str) -> None:
-    if not ok:
-        value = getattr(owner, field)
-        raise ConfigError(f"{type(owner).__name__}.{field} = {value!r}; it must be {right}")
-
-
-def _check_positive_ints(owner: object, *fields: str) -> None:
-    for field in fields:
-        value = getattr(owner, field)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        _check(whole and value > 0, owner, field, "a whole number above 0")
 
 
 def _check_heads(owner: object, width: int, num_heads: int) -> None:
-    _check(width % num_heads == 0, owner, "num_heads", f"a divisor of the width {width}")
+    check(width % num_heads == 0, owner, "num_heads", f"a divisor of the width {width}")
     head_width = width // num_heads
-    _check(
+    check(
         head_width % 2 == 0 and head_width >= 6,
         owner,
         "num_heads",
         f"such that the head width ({head_width}) is even and at least 6, for the rotary embedding",
     )
-
-
-def _check_bools(owner: object, *fields: str) -> None:
-    for field in fields:
-        _check(isinstance(getattr(owner, field), bool), owner, field, "true or false")
-
-
-def _check_choices(owner: object, **choices: tuple[str, ...]) -> None:
-    for field, right in choices.items():
-        _check(getattr(owner, field) in right, owner, field, f"one of {right}")
-
-
-def _check_eps(owner: object) -> None:
-    eps = getattr(owner, "layer_norm_eps")  # noqa: B009 (the owners share no base class)
-    _check(isinstance(eps, float) and 0 < eps < 1, owner, "layer_norm_eps", "between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +102,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        _check_positive_ints(
+        check_positive_ints(
             self,
             *("hidden_size", "num_layers", "num_heads", "mlp_dim", "crop_size"),
             *("frames_per_clip", "patch_size", "tubelet_size"),
@@ -138,11 +110,11 @@ class EncoderConfig:
         )
         _check_heads(self, self.hidden_size, self.num_heads)
         side = f"a multiple of patch_size = {self.patch_size}"
-        _check(self.crop_size % self.patch_size == 0, self, "crop_size", side)
-        _check_eps(self)
-        _check_choices(self, rope=get_args(Rope), rope_grid=get_args(RopeGrid))
-        _check_bools(self, "interpolate", "image_tokenizer")
-        _check(
+        check(self.crop_size % self.patch_size == 0, self, "crop_size", side)
+        check_eps(self)
+        check_choices(self, rope=get_args(Rope), rope_grid=get_args(RopeGrid))
+        check_bools(self, "interpolate", "image_tokenizer")
+        check(
             not self.interpolate or self.patch_size in (14, 16),
             self,
             "interpolate",
@@ -225,15 +197,15 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        _check_positive_ints(
+        check_positive_ints(
             self,
             *("hidden_size", "num_layers", "num_heads", "mlp_dim", "num_mask_tokens"),
             *("num_levels",) if self.output_dim is None else ("num_levels", "output_dim"),
         )
         _check_heads(self, self.hidden_size, self.num_heads)
-        _check_eps(self)
-        _check_choices(self, rope=get_args(Rope), rope_grid=get_args(RopeGrid))
-        _check_bools(self, "interpolate", "context_projection", "modality_embeddings")
+        check_eps(self)
+        check_choices(self, rope=get_args(Rope), rope_grid=get_args(RopeGrid))
+        check_bools(self, "interpolate", "context_projection", "modality_embeddings")
 
     @property
     def block(self) -> BlockConfig:
@@ -267,9 +239,9 @@ class ActionPredictorConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         sizes = ("hidden_size", "num_layers", "num_heads", "mlp_dim", "action_dim")
-        _check_positive_ints(self, *sizes)
+        check_positive_ints(self, *sizes)
         _check_heads(self, self.hidden_size, self.num_heads)
-        _check_eps(self)
+        check_eps(self)
 
     @property
     def block(self) -> BlockConfig:
@@ -307,11 +279,34 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         frames = () if self.frames_per_clip is None else ("frames_per_clip",)
-        _check_positive_ints(self, "num_layers", "num_heads", *frames)
-        _check(_ascending(self.layers), self, "layers", "a tuple of ascending layers")
+        check_positive_ints(self, "num_layers", "num_heads", *frames)
+        check(_ascending(self.layers), self, "layers", "a tuple of ascending layers")
         strings = isinstance(self.labels, tuple) and all(isinstance(x, str) for x in self.labels)
-        _check(strings and len(self.labels) > 0, self, "labels", "a tuple of one or more names")
-        _check_eps(self)
+        check(strings and len(self.labels) > 0, self, "labels", "a tuple of one or more names")
+        check_eps(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolerConfig:
+    """An attentive pooler without the classifier that it was trained with, see `jvjepa.heads`.
+
+    Args:
+        num_layers: self-attention blocks, before its one cross-attention block.
+        num_heads: attention heads, a divisor of the encoder's width.
+        layer_norm_eps: epsilon of its LayerNorms.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    num_layers: int = 3
+    num_heads: int
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        check_positive_ints(self, "num_layers", "num_heads")
+        check_eps(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -342,12 +337,12 @@ class AnticipatorConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         frames = ("frames_per_clip", "frames_per_second", "output_frames")
-        _check_positive_ints(self, "num_layers", "num_heads", *frames)
+        check_positive_ints(self, "num_layers", "num_heads", *frames)
         for field in self.heads:
             names = getattr(self, field)
             strings = isinstance(names, tuple) and all(isinstance(x, str) for x in names)
-            _check(strings and len(names) > 0, self, field, "a tuple of one or more names")
-        _check_eps(self)
+            check(strings and len(names) > 0, self, field, "a tuple of one or more names")
+        check_eps(self)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -383,8 +378,8 @@ class ModelConfig:
             alike = {"rope": encoder.rope, "modality_embeddings": encoder.image_tokenizer}
             for field, right in alike.items():
                 family = f"the encoder's, {right!r}; these parts are of different families"
-                _check(getattr(predictor, field) == right, predictor, field, family)
-            _check(
+                check(getattr(predictor, field) == right, predictor, field, family)
+            check(
                 predictor.num_levels in {1, encoder.num_levels},
                 predictor,
                 "num_levels",
@@ -392,22 +387,22 @@ class ModelConfig:
             )
         if self.action_predictor is not None:
             right = "tiled, as V-JEPA 2-AC's; these parts are of different families"
-            _check(encoder.rope == "tiled", encoder, "rope", right)
+            check(encoder.rope == "tiled", encoder, "rope", right)
         width, tubelet = encoder.hidden_size, encoder.tubelet_size
         for head in filter(None, (classifier, self.anticipator)):
             right = f"a divisor of the encoder's width {width}"
-            _check(width % head.num_heads == 0, head, "num_heads", right)
+            check(width % head.num_heads == 0, head, "num_heads", right)
             fits = head.frames_per_clip in (None, 1) or head.frames_per_clip % tubelet == 0
             right = f"1 or a multiple of the encoder's tubelet_size, {tubelet}"
-            _check(fits, head, "frames_per_clip", right)
+            check(fits, head, "frames_per_clip", right)
         if classifier is not None:
             known = encoder.levels or range(encoder.num_layers)
             right = f"among the encoder's normed layers, {list(known)}"
-            _check(set(classifier.layers) <= set(known), classifier, "layers", right)
+            check(set(classifier.layers) <= set(known), classifier, "layers", right)
         if self.anticipator is not None:
-            _check(predictor is not None, self, "predictor", "there, for the anticipator")
+            check(predictor is not None, self, "predictor", "there, for the anticipator")
             fits = predictor.output_dim in (None, predictor.num_levels * width)
-            _check(fits, predictor, "output_dim", "the encoder's width, for the anticipator")
+            check(fits, predictor, "output_dim", "the encoder's width, for the anticipator")
 
     @property
     def crop_size(self) -> int:
@@ -435,11 +430,11 @@ class ModelConfig:
         if unknown:
             raise ConfigError(f"ModelConfig has no fields {unknown}")
         parts = {
-            name: _build(part, values[name])
+            name: build(part, values[name])
             for name, part in _OPTIONAL_PARTS.items()
             if values.get(name) is not None
         }
-        return cls(encoder=_build(EncoderConfig, values.get("encoder")), **parts)
+        return cls(encoder=build(EncoderConfig, values.get("encoder")), **parts)
 
 
 _OPTIONAL_PARTS: dict[str, type] = {
@@ -470,7 +465,7 @@ def _check_levels(config: EncoderConfig) -> None:
     last = config.num_layers - 1
     right = f"() or ascending layers that end with the last one, {last}"
     fits = not config.levels or config.levels[-1] == last
-    _check(_ascending(config.levels) and fits, config, "levels", right)
+    check(_ascending(config.levels) and fits, config, "levels", right)
 
 
 def _check_areas(config: EncoderConfig) -> None:
@@ -478,21 +473,7 @@ def _check_areas(config: EncoderConfig) -> None:
     fits = isinstance(pair, tuple) and len(pair) == 2 and all(type(x) is int for x in pair)
     fits = fits and 0 <= pair[0] <= pair[1] <= config.num_layers
     right = f"(start, end) with 0 <= start <= end <= {config.num_layers}, the number of layers"
-    _check(fits, config, "area_layers", right)
+    check(fits, config, "area_layers", right)
     scale = config.area_residual_scale
     fits = type(scale) in (int, float) and math.isfinite(scale)
-    _check(fits, config, "area_residual_scale", "a finite number")
-
-
-def _build(cls: type[_T], values: object) -> _T:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{cls.__name__} must be a JSON object, not {values!r}")
-    # JSON has no tuples.
-    values = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    unknown = sorted(set(values) - {field.name for field in fields})
-    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-    missing = sorted(needed - set(values))
-    if unknown or missing:
-        raise ConfigError(f"{cls.__name__}: missing fields {missing}, unknown fields {unknown}")
-    return cls(**values)
+    check(fits, config, "area_residual_scale", "a finite number")

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from jvjepa import cli, commands
 from jvjepa.calibration import cosine
+from jvjepa.conversion_command import convert_command
 from jvjepa.errors import InputError
 
 _RATE, _HEIGHT, _WIDTH = 30, 240, 320  # frames per second, pixels
@@ -45,7 +46,7 @@ def demo(folder: Path, console: Console) -> int:
     console.print(f"made {source} and {clip}")
 
     console.rule("jvjepa convert")
-    commands.convert(cli.Convert(source=str(source), out=model), console)
+    convert_command(cli.Convert(source=str(source), out=model), console)
     console.rule("jvjepa verify")
     if commands.verify(cli.Verify(model=model, source=str(source)), console):
         return 1

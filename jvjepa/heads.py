@@ -15,9 +15,11 @@ from jvjepa.config import (
     ClassifierConfig,
     EncoderConfig,
     ModelConfig,
+    PoolerConfig,
 )
+from jvjepa.dense import Dense, kernel_init
 from jvjepa.errors import InputError
-from jvjepa.layers import MLP, Dense, LayerNorm, kernel_init, make_blocks, run_blocks
+from jvjepa.layers import MLP, LayerNorm, make_blocks, run_blocks
 from jvjepa.typing import Array, DType
 
 
@@ -81,7 +83,7 @@ class Pooler(nn.Module):
         num_queries: n.
     """
 
-    config: ClassifierConfig | AnticipatorConfig
+    config: ClassifierConfig | AnticipatorConfig | PoolerConfig
     width: int
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32

@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,53 +24,18 @@ from jvjepa.config import ModelConfig
 from jvjepa.encoder import Encoder
 from jvjepa.errors import CheckpointError, ConfigError, InputError
 from jvjepa.heads import Classifier
+from jvjepa.packing import Quantization, is_packed, pack_params, packed_tensors, read_tensor
 from jvjepa.parameters import parameter_shapes, stack_layers, unstack_layers
 from jvjepa.predictor import Predictor
+from jvjepa.quantization import is_quantized
+from jvjepa.records import CONFIG_FILE, FORMAT, Source, read_architecture, read_json
 from jvjepa.storage import new_folder, open_safetensors, write_safetensors
 from jvjepa.typing import Params
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-FORMAT = "jvjepa-2"  # changes when names or layouts of the parameters do
-
 _STORED = {"F32": "float32", "BF16": "bfloat16"}  # safetensors' names
+_PACKED = {"F32": "float32", "I8": "int8", "U8": "uint8"}  # of what quantized kernels consist of
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where converted weights came from; kept with them.
-
-    Args:
-        name: the hub id, folder or file that was converted.
-        revision: the hub's commit, or "".
-        sha256: hexadecimal digest of the source's weight files, in the order of their names.
-        converter: version of jvjepa that converted.
-        config: the source's own configuration, word for word; None for a `.pt` file, which has
-            none.
-        preprocessor: the source's own preprocessing configuration, word for word, or None.
-        keys: of a `.pt` file: under which key each part was found.
-        dropped: of a `.pt` file: tensors that were left out, each with the reason.
-        probe: where the classifier or the anticipator came from, if it was attached later.
-        lora: of adapters that were merged into the weights: name and sha256 of their file.
-    """
-
-    name: str
-    revision: str
-    sha256: str
-    converter: str
-    config: dict[str, Any] | None = None
-    preprocessor: dict[str, Any] | None = None
-    keys: dict[str, str] = dataclasses.field(default_factory=dict)
-    dropped: dict[str, str] = dataclasses.field(default_factory=dict)
-    probe: "Source | None" = None
-    lora: dict[str, str] | None = None
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Source":
-        """Builds it from its JSON form."""
-        probe = values.get("probe")
-        return cls(**{**values, "probe": None if probe is None else cls.from_json(probe)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +51,7 @@ class Model:
         action_predictor: the module to apply to `params["action_predictor"]`, or None.
         params: nested dictionaries of arrays, one for each part that the checkpoint has.
         source: where the weights came from, or None.
+        quantization: how kernels among `params` were quantized; None means that none is.
     """
 
     config: ModelConfig
@@ -95,6 +62,13 @@ class Model:
     action_predictor: ActionPredictor | None = None
     params: Params
     source: Source | None
+    quantization: Quantization | None = None
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises ConfigError unless `dtype` is None or one that we store."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
 
 
 def check_names(
@@ -127,24 +101,53 @@ def check_names(
         )
 
 
-def check_stored(path: Path, file: safe_open, config: ModelConfig) -> np.dtype:
+def check_stored(
+    path: Path,
+    file: safe_open,
+    config: ModelConfig,
+    quantization: Quantization | None = None,
+) -> np.dtype:
     """Checks the header of a stored weight file against the architecture; reads no tensor.
 
     Args:
         path: of the file, for the message.
         file: the same, open.
         config: its architecture.
+        quantization: of the weights; None where only floating-point ones can be used.
 
     Returns:
-        The dtype of all tensors, float32 or bfloat16.
+        The dtype of all parameters that are not quantized, float32 or bfloat16.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or misshapen, or dtypes differ.
+        CheckpointError: a tensor is missing, unexpected or misshapen, dtypes differ, or it holds
+            quantized weights where only others can be used.
     """
+    return check_header(path, file, parameter_shapes(config), quantization)
+
+
+def check_header(
+    path: Path,
+    file: safe_open,
+    shapes: Mapping[str, tuple[int, ...]],
+    quantization: Quantization | None = None,
+) -> np.dtype:
+    """As `check_stored`, for parameters of these names and shapes."""
     slices = {name: file.get_slice(name) for name in file.keys()}
-    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-    check_names(str(path), shapes, parameter_shapes(config))
-    kinds = sorted({part.get_dtype() for part in slices.values()})
+    if quantization is None and any(is_packed(name) for name in slices):
+        raise CheckpointError(
+            f"{path} holds quantized weights; the floating-point ones that they were made of would "
+            "be right"
+        )
+    try:
+        shapes, packed = packed_tensors(shapes, quantization)
+    except ConfigError as error:
+        raise CheckpointError(f"{path.with_name(CONFIG_FILE)}: {error}") from None
+    check_names(str(path), {name: tuple(x.get_shape()) for name, x in slices.items()}, shapes)
+    dtypes = {name: part.get_dtype() for name, part in slices.items()}
+    for name, right in packed.items():
+        if _PACKED.get(dtypes[name]) != right.name:
+            raise CheckpointError(f"{path}: {name} is {dtypes[name]}; {right} would be right")
+    kinds = sorted({kind for name, kind in dtypes.items() if name not in packed})
     if len(kinds) != 1 or kinds[0] not in _STORED:
         right = " or ".join(_STORED)
         raise CheckpointError(f"{path} has dtypes {kinds}; {right} alone would be right")
@@ -171,17 +174,43 @@ def write_checkpoint(
     Raises:
         CheckpointError: the tensors are not those that `config` asks for.
     """
+    shapes = parameter_shapes(config)
+    write_folder(folder, FORMAT, {"model": config.to_json()}, source, dtype, shapes, tensors)
+
+
+def write_folder(
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    source: Source | None,
+    dtype: np.dtype | Mapping[str, np.dtype],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> None:
+    """As `write_checkpoint`, for a folder of any format.
+
+    Args:
+        folder: as there.
+        kind: the format's name.
+        config: what `config.json` says of the architecture.
+        source: as there.
+        dtype: as there, or that of each tensor by name.
+        shapes: of the tensors by name, in the order in which they arrive.
+        tensors: (flat name, piece), as `jvjepa.storage.write_safetensors` takes them.
+
+    Raises:
+        CheckpointError: the tensors are not those that `shapes` asks for.
+    """
     record = {
-        "format": FORMAT,
-        "model": config.to_json(),
+        "format": kind,
+        **config,
         "source": None if source is None else dataclasses.asdict(source),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    metadata = {"format": FORMAT}
+    metadata = {"format": kind}
     if source is not None:
         named = {"source": source.name, "revision": source.revision}
         metadata |= {**named, "sha256": source.sha256, "converter": source.converter}
-    shapes = parameter_shapes(config)
     write_safetensors(folder / WEIGHTS_FILE, shapes, dtype, tensors, metadata)
 
 
@@ -196,16 +225,44 @@ def save(folder: str | Path, model: Model, *, force: bool = False) -> None:
     Raises:
         InputError: the folder exists, or the parameters do not fit.
     """
-    params = model.params if model.encoder.scan else stack_layers(model.params)
-    flat = flatten_dict(params, sep="/")
-    shapes = parameter_shapes(model.config)
+    quantization = model.quantization
+    shapes, packed = packed_tensors(parameter_shapes(model.config), quantization)
+    params = pack_params(model.params) if quantization else model.params
+    dtype, tensors = stored_tensors(params, shapes, packed)
+    config = {"model": model.config.to_json()}
+    if quantization is not None:
+        config["quantization"] = dataclasses.asdict(quantization)
+    with new_folder(Path(folder), force=force) as work:
+        write_folder(work, FORMAT, config, model.source, dtype, shapes, tensors)
+
+
+def stored_tensors(
+    params: Params,
+    shapes: Mapping[str, tuple[int, ...]],
+    packed: Mapping[str, np.dtype] = types.MappingProxyType({}),
+) -> tuple[dict[str, np.dtype], Iterator[tuple[str, np.ndarray]]]:
+    """Makes ready what is to be written.
+
+    Args:
+        params: nested dictionaries of arrays, blocks stacked or each of its own.
+        shapes: what they must be, by flat name.
+        packed: dtype by flat name of what quantized kernels consist of.
+
+    Returns:
+        Their dtypes by flat name, and (flat name, array) in the order of `shapes`.
+
+    Raises:
+        InputError: they are others, or not all float32 or all bfloat16.
+    """
+    flat = flatten_dict(stack_layers(params), sep="/")
     check_names("params", {name: tuple(leaf.shape) for name, leaf in flat.items()}, shapes)
-    dtypes = {np.dtype(leaf.dtype) for leaf in flat.values()}
+    if any(is_quantized(leaf) for leaf in flat.values()):
+        raise InputError("params hold quantized kernels; Model.quantization must say how")
+    dtypes = {np.dtype(leaf.dtype) for name, leaf in flat.items() if name not in packed}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES.values()):
         raise InputError(f"params have dtypes {dtypes}; they must all be float32 or all bfloat16")
-    with new_folder(Path(folder), force=force) as work:
-        tensors = ((name, np.asarray(flat[name])) for name in shapes)
-        write_checkpoint(work, model.config, model.source, dtypes.pop(), tensors)
+    kinds = dict.fromkeys(shapes, dtypes.pop()) | dict(packed)
+    return kinds, ((name, np.asarray(flat[name])) for name in shapes)
 
 
 def read_record(folder: str | Path) -> tuple[ModelConfig, Source | None]:
@@ -220,27 +277,59 @@ def read_record(folder: str | Path) -> tuple[ModelConfig, Source | None]:
     Raises:
         CheckpointError: the file is missing, damaged, or not one of ours.
     """
-    path = Path(folder) / CONFIG_FILE
+    return read_architecture(folder, FORMAT, "converted checkpoint", "model", ModelConfig.from_json)
+
+
+def read_quantization(folder: str | Path) -> Quantization | None:
+    """Reads how the weights of a converted checkpoint were quantized.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        The record, or None if they are not.
+
+    Raises:
+        CheckpointError: `config.json` is missing, damaged, or not one of ours.
+    """
+    found = read_json(folder, FORMAT, "converted checkpoint").get("quantization")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{path} does not exist; {folder} is no converted checkpoint"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        hint = "; convert it first: jvjepa convert SOURCE OUT"
-        hint = hint if isinstance(record, dict) and "model_type" in record else ""
-        raise CheckpointError(f"{path} is not of format {FORMAT!r}{hint}")
-    try:
-        source = record.get("source")
-        return (
-            ModelConfig.from_json(record["model"]),
-            None if source is None else Source.from_json(source),
-        )
-    except (ConfigError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        return None if found is None else Quantization.from_json(found)
+    except (ConfigError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{Path(folder) / CONFIG_FILE}: quantization: {error}") from None
+
+
+def read_params(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    scan: bool,
+    quantization: Quantization | None = None,
+) -> tuple[Params, np.dtype]:
+    """Reads all tensors of a weight file.
+
+    Args:
+        path: the file.
+        shapes: what it must hold, by flat name.
+        scan: whether blocks stay stacked.
+        quantization: how kernels among them were quantized, or None.
+
+    Returns:
+        Nested dictionaries of arrays and quantized kernels on JAX's default device, and the dtype
+        of those that are not quantized.
+
+    Raises:
+        CheckpointError: the file is not whole, or holds others.
+    """
+    params: dict[tuple[str, ...], jax.Array] = {}
+    with open_safetensors(path) as file:
+        dtype = check_header(path, file, shapes, quantization)
+        for name in shapes:  # one by one, so that no second copy of all is made
+            value = read_tensor(file, name, quantization)
+            tree = unflatten_dict({tuple(name.split("/")): value})
+            leaves = flatten_dict(tree if scan else unstack_layers(tree))
+            params |= {place: jax.tree.map(jnp.asarray, leaf) for place, leaf in leaves.items()}
+    return unflatten_dict(params), dtype
 
 
 def load(
@@ -271,21 +360,22 @@ def load(
         CheckpointError: the folder is not a whole checkpoint, or `lora` no whole adapters for it.
         ConfigError: `dtype` or `attention` is unknown, or the encoder has no such layers.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     check_backend(attention)
     config, source = read_record(folder)
+    quantization = read_quantization(folder)
+    if lora is not None and quantization is not None:
+        raise CheckpointError(
+            f"{folder} holds {quantization.scheme} weights, into which no adapters can be merged; "
+            f"merge {lora} into the floating-point ones and quantize the result: jvjepa lora merge "
+            "MODEL ADAPTER OUT, jvjepa quantize OUT SMALL"
+        )
     if areas is not None:
         config = dataclasses.replace(config, encoder=areas.of(config.encoder))
     path = Path(folder) / WEIGHTS_FILE
-    params: dict[tuple[str, ...], jax.Array] = {}
-    with open_safetensors(path) as file:
-        param_dtype = check_stored(path, file, config)
-        for name in parameter_shapes(config):  # one by one, so that no second copy of all is made
-            tree = unflatten_dict({tuple(name.split("/")): file.get_tensor(name)})
-            leaves = flatten_dict(tree if scan else unstack_layers(tree))
-            params |= {place: jnp.asarray(leaf) for place, leaf in leaves.items()}
-    merged = unflatten_dict(params)
+    merged, param_dtype = read_params(
+        path, parameter_shapes(config), scan=scan, quantization=quantization
+    )
     if lora is not None:
         from jvjepa.adapters import merge_saved  # here, because it imports this module
 
@@ -305,4 +395,5 @@ def load(
         action_predictor=make(ActionPredictor, config.action_predictor),
         params=merged,
         source=source,
+        quantization=quantization,
     )

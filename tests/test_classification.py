@@ -19,6 +19,7 @@ from videofiles import decode_all, moving_frames, serve, write_video
 
 import jvjepa
 from jvjepa import Encoder, Model, ModelConfig, classification, cli, video
+from jvjepa import clips as clip_reading
 from jvjepa.classification import Classification, classify, classify_command
 from jvjepa.config import ClassifierConfig, EncoderConfig
 from jvjepa.errors import InputError, VideoError
@@ -295,7 +296,7 @@ def test_decodes_and_keeps_only_what_it_needs(
         return crops(frames, *args)
 
     monkeypatch.setattr(video, "stream", counting)
-    monkeypatch.setattr(classification, "crops", recording)
+    monkeypatch.setattr(clip_reading, "crops", recording)
     classify(tiny_model(), path, clips=3, frame_step=STEP)
     assert kept == [(1, 48, 64, 3)] * (3 * FRAMES)  # one at a time
     assert decoded <= 3 * (FRAMES * STEP + 1)  # of 400
@@ -311,7 +312,7 @@ def test_packets_that_promise_too_much_do_not_decide(
         between = (index.ticks[:-1] + index.ticks[1:]) // 2  # nothing is shown then
         return dataclasses.replace(index, ticks=np.sort(np.concatenate([index.ticks, between])))
 
-    monkeypatch.setattr(classification, "index_packets", more)
+    monkeypatch.setattr(clip_reading, "index_packets", more)
     found = classify(tiny_model(), wide, clips=3, frame_step=STEP)
     assert np.array_equal(found.probabilities, expected.probabilities)
     assert np.array_equal(found.times, expected.times)

@@ -162,8 +162,8 @@ def test_folders_of_other_kinds(tmp_path: Path) -> None:
     found = diagnose(tmp_path)
     assert found.kind == "a folder without a config.json"
     assert found.commands == [f"jvjepa doctor {tmp_path / 'vitl.pt'}"]
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    assert "model_type = 'bert'" in diagnose(tmp_path).problems[0]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "model_type = 'gpt2'" in diagnose(tmp_path).problems[0]
     (tmp_path / "config.json").write_text("{")
     assert "is not JSON" in diagnose(tmp_path).problems[0]
     with pytest.raises(InputError, match="nowhere does not exist"):

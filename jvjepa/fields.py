@@ -1,0 +1,67 @@
+"""Checks of the fields of a configuration, each with one message, and the way back from JSON."""
+
+import dataclasses
+from typing import TypeVar
+
+from jvjepa.errors import ConfigError
+
+_T = TypeVar("_T")
+
+
+def check(ok: bool, owner: object, field: str, right: str) -> None:
+    """Raises ConfigError, which names the field and its value and says `right`, unless `ok`."""
+    if not ok:
+        value = getattr(owner, field)
+        raise ConfigError(f"{type(owner).__name__}.{field} = {value!r}; it must be {right}")
+
+
+def check_positive_ints(owner: object, *fields: str) -> None:
+    """Raises ConfigError unless all these fields are whole numbers above 0."""
+    for field in fields:
+        value = getattr(owner, field)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        check(whole and value > 0, owner, field, "a whole number above 0")
+
+
+def check_bools(owner: object, *fields: str) -> None:
+    """Raises ConfigError unless all these fields are true or false."""
+    for field in fields:
+        check(isinstance(getattr(owner, field), bool), owner, field, "true or false")
+
+
+def check_choices(owner: object, **choices: tuple[object, ...]) -> None:
+    """Raises ConfigError unless each of these fields has one of the values given for it."""
+    for field, right in choices.items():
+        check(getattr(owner, field) in right, owner, field, f"one of {right}")
+
+
+def check_eps(owner: object) -> None:
+    """Raises ConfigError unless the field `layer_norm_eps` is between 0 and 1."""
+    eps = getattr(owner, "layer_norm_eps")  # noqa: B009 (the owners share no base class)
+    check(isinstance(eps, float) and 0 < eps < 1, owner, "layer_norm_eps", "between 0 and 1")
+
+
+def build(cls: type[_T], values: object) -> _T:
+    """Builds a configuration without nested ones from its JSON form.
+
+    Args:
+        cls: the dataclass.
+        values: should be an object with its fields.
+
+    Returns:
+        The configuration, checked.
+
+    Raises:
+        ConfigError: it is no object, or a field is missing, unknown or impossible.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__} must be a JSON object, not {values!r}")
+    # JSON has no tuples.
+    values = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    unknown = sorted(set(values) - {field.name for field in fields})
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    missing = sorted(needed - set(values))
+    if unknown or missing:
+        raise ConfigError(f"{cls.__name__}: missing fields {missing}, unknown fields {unknown}")
+    return cls(**values)
