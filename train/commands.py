@@ -27,12 +27,12 @@ from jvjepa.recording import save_json
 from jvjepa.train.causal_lora import CausalLoraConfig, causal_lora_task, trained_adapters
 from jvjepa.train.data import ClipConfig
 from jvjepa.train.distill import DistillConfig, distill_task, student
-from jvjepa.train.distributed import Processes, whole
 from jvjepa.train.feature_cache import Features, open_or_make
 from jvjepa.train.finetune import FinetuneConfig, finetune_task, finetuned, with_classifier
 from jvjepa.train.frozen_features import FeatureConfig, FeaturePool, Stored, StreamConfig
-from jvjepa.train.loop import LoopConfig, best_state, latest_state, train
+from jvjepa.train.loop import best_state, latest_state, train
 from jvjepa.train.manifest import Manifest, read_manifest
+from jvjepa.train.mos_commands import Mos
 from jvjepa.train.neighbours import NeighbourConfig, neighbour_accuracy
 from jvjepa.train.optimizer import ParameterGroup, freeze_first
 from jvjepa.train.pretrain import PretrainConfig, pretrain_task, pretrained
@@ -44,46 +44,20 @@ from jvjepa.train.probe import (
     probe_steps,
     probe_task,
 )
-from jvjepa.train.task import State, Task
+from jvjepa.train.running import Flat, Positional, Run
 from jvjepa.typing import Params
 from jvjepa.weights import Model, load, read_record, save
 
-_Positional = tyro.conf.Positional
-_Flat = tyro.conf.arg(name="")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What all kinds of training have, beside OUT, the folder of the run."""
-
-    validation: Path | None = None
-    """A manifest to measure on at every checkpoint; what is kept at the end is the best then."""
-    resume: bool = False
-    """Go on from the newest checkpoint of OUT."""
-    loop: Annotated[LoopConfig, _Flat] = dataclasses.field(
-        default_factory=lambda: LoopConfig(steps=10_000)
-    )
-    processes: Annotated[Processes, _Flat] = dataclasses.field(default_factory=Processes)
-
-    def train(self, task: Task, console: Console) -> State:
-        """Trains; gives the best state, on the host."""
-        state = train(task, self.loop, self.out, resume=self.resume, console=console)
-        if task.best is None:
-            return whole(state)
-        step, state = best_state(task, self.loop, self.out)
-        console.print(f"the best by {task.best.metric} is step {step}")
-        return whole(state)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _OfModel(_Run):
+class _OfModel(Run):
     """What trainings have that begin with a model."""
 
-    model: _Positional[Path]
+    model: Positional[Path]
     """A converted folder."""
-    manifest: _Positional[Path]
+    manifest: Positional[Path]
     """The clips: a folder of videos; a .jsonl; or lines of path,start,end,label or path label."""
-    out: _Positional[Path]
+    out: Positional[Path]
     """The folder of the run to make: run.json, metrics.jsonl, checkpoints, and what was trained."""
     attention: Backend = "auto"
     """Attention backend."""
@@ -107,14 +81,14 @@ class _OfModel(_Run):
 class CausalLora(_OfModel):
     """Train adapters that make the encoder causal, for streaming: OUT/adapters."""
 
-    config: Annotated[CausalLoraConfig, _Flat] = dataclasses.field(default_factory=CausalLoraConfig)
+    config: Annotated[CausalLoraConfig, Flat] = dataclasses.field(default_factory=CausalLoraConfig)
 
     def run(self, console: Console) -> int:
         """Trains and saves."""
         model, seed = self.load(), self.loop.seed
         manifests = self.manifests()
         task = causal_lora_task(model, self.config, *manifests, steps=self.loop.steps, seed=seed)
-        state = self.train(task, console)
+        state = self.train(task, self.out, console)
         if jax.process_index() == 0:
             adapters = trained_adapters(model, self.config, task, state)
             save_adapters(self.out / "adapters", adapters, force=True)
@@ -126,13 +100,13 @@ class CausalLora(_OfModel):
 class Distill(_OfModel):
     """Train a small encoder to give the features of a large one, MODEL: OUT/model."""
 
-    config: Annotated[DistillConfig, _Flat] = dataclasses.field(default_factory=DistillConfig)
+    config: Annotated[DistillConfig, Flat] = dataclasses.field(default_factory=DistillConfig)
 
     def run(self, console: Console) -> int:
         """Trains and saves."""
         model, seed = self.load(), self.loop.seed
         task = distill_task(model, self.config, *self.manifests(), steps=self.loop.steps, seed=seed)
-        state = self.train(task, console)
+        state = self.train(task, self.out, console)
         if jax.process_index() == 0:
             save(self.out / "model", student(model, self.config, state), force=True)
             console.print(f"model: {self.out / 'model'}")
@@ -145,7 +119,7 @@ class Finetune(_OfModel):
 
     freeze: float = 0.0
     """Share of the encoder's blocks, from the first, that is frozen, and the patch embedding."""
-    config: Annotated[FinetuneConfig, _Flat] = dataclasses.field(default_factory=FinetuneConfig)
+    config: Annotated[FinetuneConfig, Flat] = dataclasses.field(default_factory=FinetuneConfig)
 
     def run(self, console: Console) -> int:
         """Trains and saves."""
@@ -156,7 +130,7 @@ class Finetune(_OfModel):
         if model.classifier is None or model.config.classifier.labels != manifest.classes:
             model = with_classifier(model, config, manifest, self.loop.seed)
         task = finetune_task(model, config, manifest, validation, steps=self.loop.steps)
-        state = self.train(task, console)
+        state = self.train(task, self.out, console)
         if jax.process_index() == 0:
             save(self.out / "model", finetuned(model, task, state), force=True)
             console.print(f"model: {self.out / 'model'}")
@@ -256,15 +230,15 @@ class Probe(_OfModel):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrain(_Run):
+class Pretrain(Run):
     """Pretrain V-JEPA 2 or 2.1 on videos without labels: OUT/model has teacher and predictor."""
 
-    model: _Positional[str]
+    model: Positional[str]
     """The architecture: the name of a release; a config.json; or a converted folder, to begin with
     its weights."""
-    manifest: _Positional[Path]
+    manifest: Positional[Path]
     """The clips: a folder of videos; a .jsonl; or lines of path,start,end,label or path label."""
-    out: _Positional[Path]
+    out: Positional[Path]
     """The folder of the run to make: run.json, metrics.jsonl, checkpoints, and what was trained."""
     pictures: Path | None = None
     """A manifest of videos that single frames are taken of, as pictures (V-JEPA 2.1)."""
@@ -277,7 +251,7 @@ class Pretrain(_Run):
     """Area attention, SPATIALxTEMPORAL splits as 2x2."""
     area_layers: str | None = None
     """START:END of the layers that have it, as 0:18; by default the first three quarters."""
-    config: Annotated[PretrainConfig, _Flat, tyro.conf.AvoidSubcommands] = dataclasses.field(
+    config: Annotated[PretrainConfig, Flat, tyro.conf.AvoidSubcommands] = dataclasses.field(
         default_factory=PretrainConfig
     )
 
@@ -301,7 +275,7 @@ class Pretrain(_Run):
             state = latest_state(task, self.loop, self.cooldown)
             teacher = state.carried["encoder"]
             task = make(steps=steps, seed=seed, params=state.trained, teacher=teacher)
-        state = self.train(task, console)
+        state = self.train(task, self.out, console)
         if jax.process_index() == 0:
             save(self.out / "model", pretrained(config, state), force=True)
             console.print(f"model: {self.out / 'model'}")
@@ -337,6 +311,7 @@ _KINDS = {
     "causal-lora": CausalLora,
     "distill": Distill,
     "finetune": Finetune,
+    "mos": Mos,
     "pretrain": Pretrain,
     "probe": Probe,
 }

@@ -12,9 +12,10 @@ import jax
 
 from jvjepa.adapters import weights_sha256
 from jvjepa.config import EncoderConfig, ModelConfig
+from jvjepa.dense import Dense
 from jvjepa.encoder import Encoder, forward_flops
 from jvjepa.errors import ConfigError
-from jvjepa.layers import Dense, Remat
+from jvjepa.layers import Remat
 from jvjepa.train.data import Batch, normalise
 from jvjepa.train.evaluation import mean_over
 from jvjepa.train.feeding import DataConfig, options

@@ -21,6 +21,7 @@ from jvjepa.errors import ConfigError
 from jvjepa.heads import Classifier
 from jvjepa.layers import Remat
 from jvjepa.parameters import unstack_layers
+from jvjepa.quantization import is_quantized
 from jvjepa.train.data import Batch, normalise
 from jvjepa.train.evaluation import mean_over
 from jvjepa.train.feeding import DataConfig, options
@@ -135,9 +136,14 @@ def finetune_task(
         The task; `finetuned` makes a model of its result.
 
     Raises:
-        ConfigError: the groups do not fit the parameters.
+        ConfigError: the groups do not fit the parameters, or these are quantized.
         DataError: a manifest has no labels, or such as the classifier does not have.
     """
+    if any(is_quantized(leaf) for leaf in flatten_dict(model.params).values()):
+        raise ConfigError(
+            "the model's weights are quantized, which cannot be trained; take the floating-point "
+            "ones, or train adapters: jvjepa train causal-lora"
+        )
     for labelled in (manifest, *([] if validation is None else [validation])):
         _check_labels(labelled, model)
     dtype = DTYPES[config.dtype]

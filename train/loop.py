@@ -215,6 +215,8 @@ def make_step(task: Task, accumulate: int = 1) -> Step:
         carried = state.carried
         if task.follow is not None:
             carried = task.follow(carried, trained, state.step)
+        if task.adapt is not None:
+            carried = task.adapt(carried, metrics)
         new = State(state.step + 1, trained, carried, optimizer)
         fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, state), metrics

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from jvjepa import video
+from jvjepa.clips import SUFFIXES, find_videos
 from jvjepa.decoding import Place, is_live, locate
 from jvjepa.errors import InputError, VideoError
 
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from jvjepa import cli
 
 NO_LABEL = -1
-SUFFIXES = frozenset(
-    ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
-)
 _COLUMNS = ("path", "start", "end", "label")
 _FORMS = "`path label` or `path,start,end,label`"
 _META = re.compile(r"(.+)(?:::|\s)\s*(\S+)")
@@ -147,24 +145,9 @@ def read_manifest(source: str | os.PathLike[str]) -> Manifest:
 
 
 def _read_folder(folder: Path) -> Manifest:
-    found: list[Path] = []
-    seen: set[str] = set()  # links may lead in a circle
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        at = Path(root).relative_to(folder)
-        found += [
-            at / name
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
+    found = find_videos(folder)
     if not found:
         raise DataError(f"{folder}: has no video in it ({', '.join(sorted(SUFFIXES))})")
-    found.sort(key=lambda path: path.parts)
     direct = [path for path in found if len(path.parts) == 1]
     if direct and len(direct) < len(found):
         inside = next(path for path in found if len(path.parts) > 1)

@@ -208,6 +208,7 @@ def attach_probe(model: Model, result: ProbeResult, labels: tuple[str, ...]) -> 
         classifier=Classifier(config, encoder.config, *dtypes, encoder.attention, encoder.scan),
         params={**model.params, "classifier": params},
         source=source,
+        quantization=model.quantization and model.quantization.without("classifier"),
     )
 
 

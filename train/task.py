@@ -12,6 +12,7 @@ from jvjepa.typing import Array, DType, Params
 
 Loss = Callable[[Params, Params, Params, Any, Array, Array], tuple[Array, dict[str, Array]]]
 Follow = Callable[[Params, Params, Array], Params]
+Adapt = Callable[[Params, dict[str, Array]], Params]
 Evaluate = Callable[[Params, Params, Params], dict[str, float]]
 Feed = Callable[[int, int, int], AbstractContextManager[Iterator[Any]]]
 
@@ -55,6 +56,8 @@ class Task:
             each float32 []: means over the batch. It is differentiated with respect to `trained`,
             and compiled; `key` is another one at each step and part of an accumulated batch.
         follow: (carried, trained, step) to the new `carried`, after each update; None keeps it.
+        adapt: (carried, metrics) to the new `carried`, after that, from what the loss gave; None
+            keeps it.
         optimizer: how `trained` changes.
         feed: (step, process_index, process_count) to a context manager of the batches from that
             step on, without end; those of this process. A batch is a pytree of numpy arrays, all of
@@ -73,6 +76,7 @@ class Task:
     frozen: Params
     loss: Loss
     follow: Follow | None = None
+    adapt: Adapt | None = None
     optimizer: Optimizer
     feed: Feed
     evaluate: Evaluate | None = None
