@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ from jvjepa.train.initialisation import init_params
 from jvjepa.train.loop import LoopConfig, train
 from jvjepa.train.manifest import Manifest, read_manifest
 from jvjepa.train.optimizer import OptimizerConfig
-from jvjepa.train.regression import fidelity
+from jvjepa.train.regression import RegressionConfig, Weighting, fidelity
 from jvjepa.train.synthetic import DIRECTIONS, MANIFEST_FILE, SyntheticConfig, write_videos
 from jvjepa.train.task import Feed
 from jvjepa.typing import Params
@@ -88,14 +88,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--weighting", choices=get_args(Weighting), default="uniform")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/causal"))
     options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
     options.out.mkdir(parents=True, exist_ok=True)
     console, results = Console(), []
     for seed in range(options.seeds):
-        results.append(run_seed(seed, sizes, options.out / f"seed{seed}", console))
-        record = {"sizes": dataclasses.asdict(sizes), "seeds": results, "machine": describe()}
+        results.append(
+            run_seed(seed, sizes, options.weighting, options.out / f"seed{seed}", console)
+        )
+        record = {
+            "sizes": dataclasses.asdict(sizes),
+            "weighting": options.weighting,
+            "seeds": results,
+            "machine": describe(),
+        }
         (options.out / "causal.json").write_text(json.dumps(record, indent=2) + "\n")
     table = make_table(results)
     (options.out / "causal.md").write_text(table)
@@ -104,9 +112,11 @@ def main() -> None:
     print(describe())
 
 
-def run_seed(seed: int, sizes: Sizes, folder: Path, console: Console) -> dict[str, Any]:
+def run_seed(
+    seed: int, sizes: Sizes, weighting: Weighting, folder: Path, console: Console
+) -> dict[str, Any]:
     """All that is measured with one seed; seconds of each part are among it."""
-    watch = _Stopwatch()
+    watch = Stopwatch()
     folder.mkdir(exist_ok=True)
     made = (("training", sizes.training, 2 * seed), ("validation", sizes.validation, 2 * seed + 1))
     sets = {}
@@ -144,6 +154,7 @@ def run_seed(seed: int, sizes: Sizes, folder: Path, console: Console) -> dict[st
         ),
         data=DataConfig(clip=CLIP, batch_size=BATCH, seed=seed),
         window=TUBELETS,
+        loss=RegressionConfig(weighting=weighting),
     )
     task = causal_lora_task(model, options, sets["training"], steps=steps, seed=seed)
     measured = Measure(model, pixels["validation"], sets["validation"].labels)
@@ -173,17 +184,22 @@ def run_seed(seed: int, sizes: Sizes, folder: Path, console: Console) -> dict[st
 
 def _random_model(seed: int) -> Model:
     config = ModelConfig(encoder=ENCODER)
-
-    def wider(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf * WIDER if path[-1].key == "kernel" else leaf
-
-    params = jax.tree_util.tree_map_with_path(wider, init_params(config, jax.random.key(seed)))
+    params = random_params(config, seed, WIDER)
     return Model(config=config, encoder=Encoder(ENCODER), params=params, source=None)
 
 
-def decode(manifest: Manifest) -> NDArray[np.uint8]:
+def random_params(config: ModelConfig, seed: int, wider: float) -> Params:
+    """Parameters to begin with, whose kernels are so many times as large as Meta's."""
+
+    def widen(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf * wider if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(widen, init_params(config, jax.random.key(seed)))
+
+
+def decode(manifest: Manifest, clip: ClipConfig = CLIP) -> NDArray[np.uint8]:
     """Reads all clips once, so that what is measured is training and not the reading of files."""
-    data = DataConfig(clip=CLIP, batch_size=BATCH)
+    data = DataConfig(clip=clip, batch_size=BATCH)
     with data.evaluate(manifest) as batches:
         return np.concatenate([batch.video for batch in batches])[: len(manifest)]
 
@@ -242,10 +258,11 @@ class Measure:
         return {name: float(np.mean(values)) for name, values in total.items()}
 
 
-class _Stopwatch:
+class Stopwatch:
     """Seconds of each part."""
 
     def __init__(self) -> None:
+        """Begins now."""
         self.laps: dict[str, float] = {}
         self._since = time.monotonic()
 

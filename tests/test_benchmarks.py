@@ -15,8 +15,8 @@ from jvjepa.encoder import forward_flops
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path[:0] = [str(FOLDER), str(FOLDER / "peers")]
-growth, process, rows, speed, table = map(
-    importlib.import_module, ("growth", "process", "rows", "speed", "table")
+growth, pretrain, process, rows, speed, table = map(
+    importlib.import_module, ("growth", "pretrain", "process", "rows", "speed", "table")
 )
 protocol = importlib.import_module("peers.protocol")
 Work = importlib.import_module("peers.work").Work
@@ -418,3 +418,40 @@ def test_the_quick_table_end_to_end(tmp_path: Path) -> None:
     assert re.search(r"^\| tiny, not really: clip", (tmp_path / "table.md").read_text(), re.M)
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert again.stdout.splitlines() == [str(tmp_path / "table.md")]
+
+
+def accuracies(validation: float, test: float) -> dict[str, dict[str, float]]:
+    each = {"validation": validation, "test": test}
+    return dict.fromkeys(("linear", "few", "neighbours"), each)
+
+
+def test_the_best_random_encoder_is_chosen_on_the_validation_set() -> None:
+    encoders = {
+        "pretrained": accuracies(0.2, 0.9),
+        "random": accuracies(0.5, 0.3),
+        "random-8": accuracies(0.6, 0.4),
+        "random-12": accuracies(0.4, 0.8),
+    }
+    found = pretrain.compared(encoders)
+    assert found["pretrained"] == dict.fromkeys(("linear", "few", "neighbours"), 0.9)
+    assert set(found["random"].values()) == {0.3}
+    assert set(found["best random"].values()) == {0.4}
+
+
+def test_the_table_of_the_pretraining_has_means_and_both_ends_of_all_seeds() -> None:
+    seeds = [
+        {
+            "encoders": {
+                "pretrained": accuracies(0.0, 0.5 + shift),
+                "random": accuracies(0.0, 0.2 + shift),
+                "random-8": accuracies(0.1, 0.3 + shift),
+            }
+        }
+        for shift in (0.0, 0.1)
+    ]
+    text = pretrain.make_table(seeds)
+    lines = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    assert "means of 2 seeds" in text
+    assert lines["| pretrained"].count("55.0 (50.0 to 60.0)") == 3
+    assert lines["| random, as it began"].count("25.0 (20.0 to 30.0)") == 3
+    assert lines["| the best random one"].count("35.0 (30.0 to 40.0)") == 3

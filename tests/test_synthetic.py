@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +8,13 @@ from videofiles import decode_all
 
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.train.manifest import read_manifest
-from jvjepa.train.synthetic import DIRECTIONS, SyntheticConfig, render, write_videos
+from jvjepa.train.synthetic import (
+    DIRECTIONS,
+    SyntheticConfig,
+    TextureConfig,
+    render,
+    write_videos,
+)
 
 
 def moved(frames: np.ndarray) -> np.ndarray:
@@ -76,6 +84,51 @@ def test_a_single_frame_does_not_tell() -> None:
     assert abs(np.mean(places[0]) - np.mean(places[4])) < 8  # of 128 pixels
 
 
+def shift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """[2], whole pixels right and down that fit best, up to 8: of the middle, by correlation."""
+    inside = slice(8, -8)
+    scores = {}
+    for x in range(-8, 9):
+        for y in range(-8, 9):
+            moved = np.roll(before, (y, x), axis=(0, 1))[inside, inside]
+            scores[x, y] = np.corrcoef(moved.ravel(), after[inside, inside].ravel())[0, 1]
+    return np.array(max(scores, key=scores.get))
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_a_texture_drifts_as_its_label_says(noise: float) -> None:
+    config = TextureConfig(height=48, width=64, num_frames=4, speed=(3.0, 5.0), noise=noise)
+    for label in range(8):
+        frames = render(label, label, config)
+        assert frames.shape == (4, 48, 64, 3)
+        assert (frames == frames[..., :1]).all()  # grey
+        grey = frames[..., 0].astype(float)
+        for before, after in itertools.pairwise(grey):
+            motion = shift(before, after)
+            assert direction_of(motion) == label, (label, motion)
+            assert 3 <= abs(motion).max() <= 5
+
+
+def test_textures_differ_in_nothing_but_their_motion() -> None:
+    config = TextureConfig(height=64, width=64, num_frames=4, noise=0.0)
+    videos = [render(label, 3, config).astype(float) for label in range(8)]
+    first = videos[0][0]
+    for video in videos:
+        assert np.corrcoef(first.ravel(), video[0].ravel())[0, 1] > 0.999
+        assert abs(video.mean() - 128) < 10
+        assert abs(video.std() - 48) < 3
+    other = render(0, 4, config)[0]
+    assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.2
+
+
+def test_a_texture_does_not_come_back() -> None:
+    """What leaves on one side does not come in on the other."""
+    config = TextureConfig(height=96, width=64, num_frames=24, speed=(4.0, 4.0), noise=0.0)
+    frames = render(0, 1, config)[..., 0].astype(float)
+    alike = [np.corrcoef(frames[0].ravel(), frame.ravel())[0, 1] for frame in frames[12:]]
+    assert np.max(alike) < 0.5
+
+
 def test_the_seed_decides() -> None:
     np.testing.assert_array_equal(render(3, 5), render(3, 5))
     assert (render(3, 5) != render(3, 6)).any()
@@ -101,10 +154,29 @@ def test_refuses(tmp_path: Path) -> None:
         ("fps", 0),
         ("height", 30),
         ("width", 65),
+        ("crf", 52),
         ("occluded", 1.1),
     ):
         with pytest.raises(ConfigError, match=f"{field} = "):
             SyntheticConfig(**{field: value})
+    for field, value in (("speed", (0.0, 1.0)), ("speed", (2.0, 1.0)), ("noise", -0.1)):
+        with pytest.raises(ConfigError, match=f"{field} = "):
+            TextureConfig(**{field: value})
+    with pytest.raises(ConfigError, match="height = 30"):
+        TextureConfig(height=30)
+
+
+def test_the_noise_of_a_texture_outlives_its_file(tmp_path: Path) -> None:
+    config = TextureConfig(num_frames=4, height=32, width=32)
+    lost = {}
+    for crf in (0, 18):
+        given = dataclasses.replace(config, crf=crf)
+        manifest = read_manifest(write_videos(tmp_path / str(crf), 2, given))
+        read = np.stack([decode_all(path)[0] for path in manifest.paths]).astype(float)
+        drawn = np.stack([render(label, (0, label), given) for label in (0, 1)])
+        lost[crf] = np.abs(read - drawn).mean()
+    assert lost[0] < 1.5  # the rounding of the colour space
+    assert lost[18] > 2 * lost[0]
 
 
 def test_never_replaces_a_folder_unasked(tmp_path: Path) -> None:

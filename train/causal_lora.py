@@ -17,7 +17,7 @@ from jvjepa.encoder import Encoder, forward_flops
 from jvjepa.errors import ConfigError, TrainingError
 from jvjepa.layers import Remat
 from jvjepa.lora import LoraConfig, init_lora, join, split, variables
-from jvjepa.quantization import Kind, quantize
+from jvjepa.quantization import Scheme, quantize
 from jvjepa.train.data import Batch, normalise
 from jvjepa.train.evaluation import Metrics, mean_over
 from jvjepa.train.feeding import DataConfig, options
@@ -39,7 +39,8 @@ class CausalLoraConfig:
         data: what they learn from; a clip is encoded whole by the teacher.
         window: tubelets that a token of the student sees, as in the stream that it is for.
         loss: what counts, and how much.
-        quantize: hold the frozen weights in few bits (QLoRA): "int8", "nf4", or None.
+        quantize: hold the frozen weights in few bits (QLoRA): a scheme of
+            `jvjepa.quantization.quantize` that needs no ranges, or None.
         dtype: of the computation.
         remat: what is computed anew for the gradient, see `jvjepa.Encoder`.
 
@@ -56,7 +57,7 @@ class CausalLoraConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     window: int = 8
     loss: RegressionConfig = dataclasses.field(default_factory=RegressionConfig)
-    quantize: Kind | None = None
+    quantize: Scheme | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
 

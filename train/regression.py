@@ -1,13 +1,18 @@
 """A student that learns the features of a teacher: the loss, and how near it is."""
 
 import dataclasses
+from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jvjepa.errors import ConfigError
 from jvjepa.layers import normalize
 from jvjepa.train.losses import NORM_EPS, feature_regression
 from jvjepa.typing import Array
+
+Weighting = Literal["uniform", "past"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,21 +23,28 @@ class RegressionConfig:
         token: weight of the loss of single tokens.
         pooled: weight of the loss of the mean token of each tubelet, which is what a stream gives.
         cosine: weight of the cosine distance in both, beside the smooth L1.
+        weighting: of the tubelets of a clip: "uniform", or by what a causal student has seen of the
+            clip, "past": tubelet i of t counts (i + 1) · 2 / (t + 1). The first ones cannot know
+            what their teacher has seen, and have the largest errors.
 
     Raises:
-        ConfigError: a weight is negative, or there is no loss.
+        ConfigError: a weight is negative, or there is no loss, or no such weighting.
     """
 
     token: float = 1.0
     pooled: float = 1.0
     cosine: float = 1.0
+    weighting: Weighting = "uniform"
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name in ("token", "pooled", "cosine"):
+            value = getattr(self, name)
             if not 0 <= value < float("inf"):
-                raise ConfigError(f"{field.name} = {value!r}; it must be a weight, 0 or more")
+                raise ConfigError(f"{name} = {value!r}; it must be a weight, 0 or more")
+        choices = get_args(Weighting)
+        if self.weighting not in choices:
+            raise ConfigError(f"weighting = {self.weighting!r}; it must be one of {choices}")
         if self.token == self.pooled == 0:
             raise ConfigError("token = pooled = 0; there is no loss then")
 
@@ -49,19 +61,26 @@ def regression_loss(
         tubelets: t, of the clips.
 
     Returns:
-        The loss, float32 [], and what it is made of.
+        The loss, float32 [], and the errors that it is made of, means over all tubelets alike.
     """
-    token_l1, token_distance = feature_regression(student, teacher)
+    if config.weighting == "past":
+        weights = jnp.arange(1, tubelets + 1, dtype=jnp.float32) * (2 / (tubelets + 1))
+    else:
+        weights = jnp.ones(tubelets, jnp.float32)
+
+    def by_tubelet(x: Array) -> Array:
+        return rearrange(x, "b (t s) d -> t b s d", t=tubelets)
+
+    total, parts = jnp.zeros((), jnp.float32), {}
     pooled = pool(student, tubelets), pool(teacher, tubelets)
-    pooled_l1, pooled_distance = feature_regression(*pooled)
-    token = token_l1 + config.cosine * token_distance
-    loss = config.token * token + config.pooled * (pooled_l1 + config.cosine * pooled_distance)
-    return loss, {
-        "token_l1": token_l1,
-        "token_cosine": 1 - token_distance,
-        "pooled_l1": pooled_l1,
-        "pooled_cosine": 1 - pooled_distance,
-    }
+    for name, weight, pair in (
+        ("token", config.token, (student, teacher)),
+        ("pooled", config.pooled, pooled),
+    ):
+        l1, distance = jax.vmap(feature_regression)(*map(by_tubelet, pair))  # [t]
+        total += weight * jnp.mean(weights * (l1 + config.cosine * distance))
+        parts |= {f"{name}_l1": jnp.mean(l1), f"{name}_cosine": 1 - jnp.mean(distance)}
+    return total, parts
 
 
 def pool(tokens: Array, tubelets: int) -> Array:

@@ -1,8 +1,11 @@
-"""Labelled videos to try training on: a shape that moves in one of eight directions.
+"""Labelled videos to try training on: something moves in one of eight directions.
 
-Shapes, sizes, speeds, colours and backgrounds differ, and something may stand in the way. The label
-is the direction, which cannot be told from a single frame. Mirroring changes it: train with
-`ClipConfig(flip=0.0)`.
+It is a shape on a still background (`SyntheticConfig`): shapes, sizes, speeds, colours and
+backgrounds differ, and something may stand in the way. Or it is all of the picture, a texture
+(`TextureConfig`): nothing but the motion lasts, which makes it what is learned without labels.
+
+The label is the direction, which cannot be told from a single frame. Mirroring changes it: train
+with `ClipConfig(flip=0.0)`.
 """
 
 import dataclasses
@@ -19,6 +22,9 @@ from jvjepa.errors import ConfigError, InputError
 from jvjepa.storage import new_folder
 
 DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
+_BAND = (0.05, 0.1)  # of a texture: cycles a pixel
+_CONTRAST = 48.0  # its deviation
+
 MANIFEST_FILE = "manifest.csv"
 LABELS_FILE = "labels.txt"
 
@@ -34,15 +40,15 @@ _SHAPES: tuple[_Distance, ...] = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SyntheticConfig:
-    """What the videos are like.
+class VideoConfig:
+    """The size of the videos.
 
     Args:
         num_frames: frames of each, 2 or more.
         fps: frames per second.
         height: pixels; even, 32 or more.
         width: the same.
-        occluded: the share of videos in which a bar stands in the way.
+        crf: what their encoding loses, 0 (nothing but colour resolution) to 51.
 
     Raises:
         ConfigError: a value is impossible.
@@ -52,7 +58,7 @@ class SyntheticConfig:
     fps: int = 16
     height: int = 96
     width: int = 128
-    occluded: float = 0.3
+    crf: int = 18
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -64,12 +70,69 @@ class SyntheticConfig:
             value = getattr(self, name)
             if value < 32 or value % 2:
                 raise ConfigError(f"{name} = {value}; it must be even, and 32 or more")
+        if not 0 <= self.crf <= 51:
+            raise ConfigError(f"crf = {self.crf}; it must be 0 to 51")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticConfig(VideoConfig):
+    """Videos of a shape that moves over a still background.
+
+    Args:
+        num_frames: see `VideoConfig`.
+        fps: the same.
+        height: the same.
+        width: the same.
+        crf: the same.
+        occluded: the share of videos in which a bar stands in the way.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    occluded: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        super().__post_init__()
         if not 0 <= self.occluded <= 1:
             raise ConfigError(f"occluded = {self.occluded}; it must be a share, 0 to 1")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextureConfig(VideoConfig):
+    """Videos of a grey random texture that drifts, all alike in brightness, contrast and detail.
+
+    Args:
+        num_frames: see `VideoConfig`.
+        fps: the same.
+        height: the same.
+        width: the same.
+        crf: the same; what is above 0 takes noise away.
+        speed: (least, greatest) pixels a frame along the axis that it moves along most; above 0.
+        noise: the deviation of each pixel's own noise, anew in every frame, in that of the texture.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    crf: int = 0
+    speed: tuple[float, float] = (3.0, 5.0)
+    noise: float = 1.5
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        super().__post_init__()
+        if not 0 < self.speed[0] <= self.speed[1] < math.inf:
+            raise ConfigError(f"speed = {self.speed}; it must be two numbers above 0, growing")
+        if not 0 <= self.noise < math.inf:
+            raise ConfigError(f"noise = {self.noise}; it must be a number, 0 or more")
+
+
 def render(
-    label: int, seed: int | tuple[int, ...], config: SyntheticConfig | None = None
+    label: int,
+    seed: int | tuple[int, ...],
+    config: SyntheticConfig | TextureConfig | None = None,
 ) -> NDArray[np.uint8]:
     """Draws a video; the same arguments give the same pixels.
 
@@ -90,6 +153,34 @@ def render(
     draw = np.random.default_rng(seed)
     angle = label * math.tau / len(DIRECTIONS)
     direction = np.array([math.cos(angle), math.sin(angle)])  # x, y
+    if isinstance(config, TextureConfig):
+        return _texture(draw, direction, config)
+    return _shape(draw, direction, config)
+
+
+def _texture(
+    draw: np.random.Generator, direction: NDArray[np.float64], config: TextureConfig
+) -> NDArray[np.uint8]:
+    """Noise of a band of frequencies, whose phases turn as it moves: by parts of pixels, too."""
+    motion = direction / abs(direction).max() * draw.uniform(*config.speed)
+    longest = max(config.height, config.width) + config.num_frames * abs(motion).max()
+    side = 2 ** math.ceil(math.log2(longest))  # it is periodic, and longer than what is seen of it
+    y, x = np.meshgrid(*[np.fft.fftfreq(side)] * 2, indexing="ij")  # cycles a pixel
+    seen = np.abs(np.hypot(x, y) - np.mean(_BAND)) <= np.ptp(_BAND) / 2
+    waves = np.fft.fft2(draw.standard_normal((side, side))) * seen
+    steps = np.exp(-1j * math.tau * (x * motion[0] + y * motion[1]))  # of one frame
+    frames = np.empty((config.num_frames, config.height, config.width))
+    for frame in frames:
+        frame[:] = np.fft.ifft2(waves).real[: config.height, : config.width]
+        waves = waves * steps
+    frames = frames / frames.std() + config.noise * draw.standard_normal(frames.shape)
+    grey = 128 + _CONTRAST * frames / math.hypot(1, config.noise)
+    return np.repeat(np.clip(np.round(grey), 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def _shape(
+    draw: np.random.Generator, direction: NDArray[np.float64], config: SyntheticConfig
+) -> NDArray[np.uint8]:
     size = np.array([config.width, config.height], np.float64)
     radius = size.min() * draw.uniform(0.07, 0.14)
     occluded = draw.random() < config.occluded
@@ -149,7 +240,7 @@ def _background(draw: np.random.Generator, height: int, width: int) -> NDArray[n
 def write_videos(
     folder: str | os.PathLike[str],
     count: int,
-    config: SyntheticConfig | None = None,
+    config: SyntheticConfig | TextureConfig | None = None,
     *,
     seed: int = 0,
     force: bool = False,
@@ -177,16 +268,25 @@ def write_videos(
     with new_folder(folder, force=force) as work:
         for i in range(count):
             label, name = i % len(DIRECTIONS), f"{i:05d}.mp4"
-            _write(work / name, render(label, (seed, i), config), config.fps)
+            frames = render(label, (seed, i), config)
+            write_video(work / name, frames, config.fps, crf=config.crf)
             rows.append(f"{name} {label}\n")
         (work / MANIFEST_FILE).write_text("".join(rows), encoding="utf-8")
         (work / LABELS_FILE).write_text("\n".join(DIRECTIONS) + "\n", encoding="utf-8")
     return folder / MANIFEST_FILE
 
 
-def _write(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
+def write_video(path: Path, frames: NDArray[np.uint8], fps: int, *, crf: int = 18) -> None:
+    """Writes an H.264 video; the same arguments give the same file.
+
+    Args:
+        path: the .mp4 to make.
+        frames: uint8 [T, H, W, 3], RGB; H and W are even.
+        fps: frames per second.
+        crf: how much is lost, 0 (nothing but colour resolution) to 51.
+    """
     # One thread: what x264 writes depends on how many there are.
-    options = {"crf": "18", "g": "12", "preset": "veryfast", "threads": "1"}
+    options = {"crf": str(crf), "g": "12", "preset": "veryfast", "threads": "1"}
     with av.open(str(path), "w") as container:
         track = container.add_stream("libx264", rate=fps, options=options)
         track.height, track.width = frames.shape[1:3]
