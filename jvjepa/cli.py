@@ -1,6 +1,10 @@
-"""The command line: `jvjepa COMMAND`. Exit codes: 0 done, 1 parity not met, 2 bad input."""
+"""The command line: `jvjepa COMMAND`.
+
+Exit codes: 0 done; 1 parity not met, or a video was left out; 2 bad input.
+"""
 
 import dataclasses
+import importlib
 import logging
 import signal
 import sys
@@ -14,9 +18,12 @@ from rich.console import Console
 
 from jvjepa.classification import Combine, classify_command
 from jvjepa.errors import InputError
-from jvjepa.gating import Reference
+from jvjepa.export.command import Export, export_command
+from jvjepa.gate import Reference
 from jvjepa.long import Long
 from jvjepa.options import DType, Reading, Running, Streaming
+from jvjepa.quality_command import Mos, mos_command
+from jvjepa.quantize import Quantize, quantize_command
 
 _Positional = tyro.conf.Positional
 
@@ -26,6 +33,8 @@ class Convert:
     """Turn a checkpoint into a jvjepa folder: SOURCE OUT.
 
     With --probe and --encoder, attach one of Meta's attentive probes to a converted encoder: OUT.
+    With --text, turn one of QualiVision's checkpoints into a video-quality model. A BERT sentence
+    encoder, such as BAAI/bge-large-en-v1.5, becomes a text encoder for such models.
     """
 
     source: _Positional[str]
@@ -63,6 +72,9 @@ class Convert:
     probe_frames: int | None = None
     """Frames of the clips that the probe was trained on; by default those of the released probe of
     that file name, or the encoder's."""
+    text: str | None = None
+    """The text encoder that a checkpoint of QualiVision was trained with, a Hugging Face folder or
+    a hub id: its tokenizer, and its weights where the checkpoint has none."""
     area: str | None = None
     """Store area attention with the model, SPATIALxTEMPORAL splits as 2x2."""
     area_layers: str | None = None
@@ -214,11 +226,16 @@ class Stream(Streaming):
     """Keep a live embedding of a video; encode only what is new."""
 
     model: _Positional[Path]
-    """A converted folder."""
+    """A converted folder; with another runtime than jax, what `jvjepa export --what step gate`
+    made of it."""
     video: _Positional[str]
     """A file, a URL, or camera:0."""
     out: Path
     """The .npz to write: embeddings [n, D], is_new [n], surprise [n], times [n]."""
+    runtime: Literal["jax", "onnx", "tensorrt"] = "jax"
+    """What runs the model. An export has its window, positions and adapters in it."""
+    provider: str = "CPUExecutionProvider"
+    """Of ONNX Runtime."""
     tau: float = 0.015
     """Encode where the surprise is at least this; 0 encodes everything. See calibrate."""
     reference: Reference = "encoded"
@@ -250,6 +267,7 @@ class Train:
     """Train adapters, probes, or models; `jvjepa train --help` lists the kinds."""
 
     arguments: tyro.conf.Suppress[tuple[str, ...]] = ()
+    module: tyro.conf.Suppress[str] = "commands"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,16 +354,23 @@ _Command = (
     | Annotated[Features, tyro.conf.subcommand("features")]
     | Annotated[Classify, tyro.conf.subcommand("classify")]
     | Annotated[Anticipate, tyro.conf.subcommand("anticipate")]
+    | Annotated[Mos, tyro.conf.subcommand("mos")]
     | Annotated[Stream, tyro.conf.subcommand("stream")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Quantize, tyro.conf.subcommand("quantize")]
     | Annotated[
         _Lora, tyro.conf.subcommand("lora", description="LoRA adapters: merge, export, show.")
     ]
 )
+
+# Commands by their first words: the module of `jvjepa.train` whose `main` takes the other words.
+# `jvjepa mos MODEL VIDEO`, which needs no training, is not one of them.
+_OF_TRAINING = {("train",): "commands", ("mos", "evaluate"): "mos_commands"}
 
 
 def run(command: object, console: Console) -> int:
@@ -363,13 +388,14 @@ def run(command: object, console: Console) -> int:
         OSError: a file cannot be read or written.
     """
     from jvjepa import adapters, commands  # here, because they import this module
+    from jvjepa.conversion_command import convert_command
     from jvjepa.features import features_command
     from jvjepa.forecasting import anticipate_command
     from jvjepa.train.manifest import check_command
 
     name = type(command).__name__
     action = {
-        "Convert": commands.convert,
+        "Convert": convert_command,
         "Verify": commands.verify,
         "ExportHf": commands.export_hf,
         "Doctor": commands.doctor,
@@ -377,12 +403,15 @@ def run(command: object, console: Console) -> int:
         "Features": features_command,
         "Classify": classify_command,
         "Anticipate": anticipate_command,
+        "Mos": mos_command,
         "Stream": commands.stream,
         "Calibrate": commands.calibrate,
         "Train": _train,
         "Data": check_command,
         "Demo": commands.demo,
         "Info": commands.info,
+        "Export": export_command,
+        "Quantize": quantize_command,
         "LoraMerge": adapters.merge_command,
         "LoraExportPeft": adapters.export_peft_command,
         "LoraInfo": adapters.info_command,
@@ -397,14 +426,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's.
 
     Returns:
-        The exit code: 0 done, 1 parity not met, 2 bad input, 130 interrupted
-        before there was anything to keep.
+        The exit code: 0 done; 1 parity not met, or a video was left out; 2 bad input; 130
+        interrupted before there was anything to keep.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["train"]:  # its options are those of a package that need not be installed
-        command = Train(arguments=tuple(arguments[1:]))
-    else:
-        command = tyro.cli(_Command, prog="jvjepa", args=arguments)
+    command = _handed_on(arguments) or tyro.cli(_Command, prog="jvjepa", args=arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     before = signal.signal(signal.SIGTERM, _as_interrupt)
@@ -427,12 +453,20 @@ def _describe(error: InputError | OSError, command: object) -> str:
     return f"{where}: {error.strerror or error}"
 
 
+def _handed_on(arguments: Sequence[str]) -> Train | None:
+    """A command whose options are those of a package that need not be installed; None if other."""
+    for words, module in _OF_TRAINING.items():
+        if tuple(arguments[: len(words)]) == words:
+            return Train(arguments=tuple(arguments[len(words) :]), module=module)
+    return None
+
+
 def _train(options: Train, console: Console) -> int:
     try:
-        from jvjepa.train import commands
+        module = importlib.import_module(f"jvjepa.train.{options.module}")
     except ModuleNotFoundError as error:
         raise InputError(f"training needs {error.name}: pip install 'jvjepa[train]'") from error
-    return commands.main(options.arguments, console)
+    return module.main(options.arguments, console)
 
 
 def _as_interrupt(number: int, frame: types.FrameType | None) -> None:

@@ -1,106 +1,40 @@
 """What each command of the command line does."""
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jvjepa import calibration, cli, plot, registry
-from jvjepa.area import parse_areas
+from jvjepa import calibration, cli, plot, registry, streaming
 from jvjepa.attention import available, resolve
+from jvjepa.conversion_command import print_parameters, print_source
 from jvjepa.errors import InputError, VideoError
-from jvjepa.gating import Gate
-from jvjepa.live import Result, Session, Tubelet, tubelets
+from jvjepa.export.edge_session import EdgeSession
+from jvjepa.gate import Gate
+from jvjepa.live import Result, Session, Tubelet, read_tubelets, tubelets
 from jvjepa.long import embed_long, is_long
 from jvjepa.options import Streaming
-from jvjepa.parameters import count_parameters, parameter_shapes
+from jvjepa.parameters import count_shapes, parameter_shapes
 from jvjepa.pictures import read_clip
+from jvjepa.quality_summary import Summary, summarise
 from jvjepa.recording import Recorder, Thumbnails, check_output, save_npz
 from jvjepa.storage import open_safetensors
 from jvjepa.weights import (
     WEIGHTS_FILE,
     Model,
-    Source,
     check_stored,
+    read_quantization,
     read_record,
 )
-
-if TYPE_CHECKING:
-    from jvjepa.convert import Report
-
-
-def convert(options: cli.Convert, console: Console) -> int:
-    """`jvjepa convert`."""
-    from jvjepa import convert
-
-    if options.probe is not None:
-        report = _attach(options)
-    else:
-        of_probe = (
-            *("encoder", "labels", "probe_index"),
-            *("probe_heads", "probe_layers", "probe_frames"),
-        )
-        odd = [name for name in of_probe if getattr(options, name) is not None]
-        if odd or options.out is None:
-            what = f"--{odd[0].replace('_', '-')} is for --probe" if odd else "OUT is missing"
-            raise InputError(f"{what}: jvjepa convert SOURCE OUT")
-        report = convert.convert(
-            options.source,
-            options.out,
-            dtype=options.dtype,
-            revision=options.revision,
-            key=options.key,
-            hints=convert.Hints(
-                heads=options.heads,
-                predictor_heads=options.predictor_heads,
-                crop_size=options.crop_size,
-            ),
-            areas=parse_areas(options.area, options.area_layers),
-            force=options.force,
-        )
-    console.print(f"wrote {report.out}: {report.dtype}, {report.num_bytes / 1e6:,.1f} MB")
-    _print_source(report.source, console)
-    _print_parameters(report.parameters, console)
-    return 0
-
-
-def _attach(options: cli.Convert) -> "Report":
-    from jvjepa.convert import attach_probe, read_labels
-
-    usage = "jvjepa convert --probe FILE.pt --encoder MODEL --labels FILE OUT"
-    of_encoder = (
-        *("out", "dtype", "revision", "key", "heads", "predictor_heads", "crop_size"),
-        *("area", "area_layers"),
-    )
-    odd = [name for name in of_encoder if getattr(options, name) is not None]
-    if odd:
-        option = f"--{odd[0].replace('_', '-')}"
-        what = "one folder too many" if odd[0] == "out" else f"{option} is not for --probe"
-        raise InputError(f"{what}: {usage}")
-    if options.encoder is None:
-        raise InputError(f"a probe needs the converted encoder that it is for: {usage}")
-    if options.labels is None:
-        raise InputError(f"{options.probe} does not name its classes; give --labels: {usage}")
-    return attach_probe(
-        options.probe,
-        options.encoder,
-        options.source,
-        labels=read_labels(options.labels),
-        index=options.probe_index,
-        heads=options.probe_heads,
-        layers=options.probe_layers,
-        frames=options.probe_frames,
-        force=options.force,
-    )
 
 
 def export_hf(options: cli.ExportHf, console: Console) -> int:
@@ -210,20 +144,22 @@ def stream_video(options: cli.Stream, console: Console) -> float | None:
         settle=options.settle,
         reference=options.reference,
     )
-    model = options.load()
+    source = _exported(options, gate) if options.runtime != "jax" else options.load()
     columns = {
-        "embeddings": (np.dtype(np.float32), (model.config.encoder.hidden_size,)),
+        "embeddings": (np.dtype(np.float32), (_width(source),)),
         "is_new": (np.dtype(np.bool_), ()),
         "surprise": (np.dtype(np.float32), ()),
         "times": (np.dtype(np.float64), ()),
     }
     interrupted = False
-    with contextlib.closing(_incoming(options, model)) as incoming:
+    with contextlib.closing(_incoming(options, source)) as incoming:
         # A video that cannot be read says so before the long compilation.
         first = next(incoming, None)
         if first is None:
             raise VideoError(f"{options.video} has no whole tubelet of 2 frames in this range")
-        session = _session(options, model, gate, console)
+        session = source
+        if isinstance(source, Model):
+            session = _session(options, source, gate, console)
         with Recorder(options.out, columns) as recorder:
             progress = _StreamProgress(options, console)
             try:
@@ -295,15 +231,20 @@ def demo(options: cli.Demo, console: Console) -> int:
 def info(options: cli.Info, console: Console) -> int:
     """`jvjepa info`."""
     folder = Path(options.model)
+    if folder.is_dir() and (summary := summarise(folder)) is not None:
+        return _info_quality(folder, summary, options.shapes, console)
     if folder.is_dir():
         config, source = read_record(folder)
+        quantization = read_quantization(folder)
         weights = folder / WEIGHTS_FILE
         with open_safetensors(weights) as file:
-            dtype = check_stored(weights, file, config)
+            dtype = check_stored(weights, file, config, quantization)
         console.print(f"{folder}: {dtype.name}, {weights.stat().st_size / 1e6:,.1f} MB")
+        if quantization is not None:
+            console.print(quantization.describe())
         with open(weights, "rb") as file:
             console.print(f"weights' sha256: {hashlib.file_digest(file, 'sha256').hexdigest()}")
-        _print_source(source, console)
+        print_source(source, console)
     elif folder.exists():
         raise InputError(f"{folder} is a file; give the folder that holds it")
     else:
@@ -348,38 +289,53 @@ def info(options: cli.Info, console: Console) -> int:
         f"attention: auto takes {backend} on {platform} for a clip of {tokens:,} tokens; "
         f"there is also {others}"
     )
-    _print_parameters(count_parameters(config), console)
-    if options.shapes:
-        for name, shape in parameter_shapes(config).items():
-            console.print(f"  {name} {list(shape)}")
+    _print_shapes(parameter_shapes(config), options.shapes, console)
     return 0
 
 
-def _print_source(source: Source | None, console: Console) -> None:
-    if source is None:
-        console.print("made here, not converted")
-        return
-    revision = f" at {source.revision}" if source.revision else ""
-    console.print(f"converted from {source.name}{revision} by jvjepa {source.converter}")
-    console.print(f"source's sha256: {source.sha256}")
-    for part, key in source.keys.items():
-        console.print(f"{part} taken from {key!r}")
-    for name, reason in source.dropped.items():
-        console.print(f"left out {name}: {reason}")
-    if source.lora is not None:
-        console.print(f"adapters merged: {source.lora['name']}, sha256 {source.lora['sha256']}")
-    if source.probe is not None:
-        console.print("probe attached:")
-        _print_source(source.probe, console)
+def _info_quality(folder: Path, summary: Summary, shapes: bool, console: Console) -> int:
+    """`jvjepa info` of a text encoder or a video-quality model."""
+    dtype, weights = summary.check(folder), folder / WEIGHTS_FILE
+    megabytes = f"{weights.stat().st_size / 1e6:,.1f} MB"
+    console.print(f"{folder}: {summary.kind}, {dtype.name}, {megabytes}")
+    print_source(summary.source, console)
+    for about, text in summary.facts.items():
+        console.print(f"{about}: {text}")
+    _print_shapes(summary.shapes, shapes, console)
+    return 0
 
 
-def _print_parameters(counts: dict[str, int], console: Console) -> None:
-    for part, count in {**counts, "all": sum(counts.values())}.items():
-        console.print(f"{part + ':':17} {count:13,} parameters")
+def _print_shapes(shapes: Mapping[str, tuple[int, ...]], each: bool, console: Console) -> None:
+    """The parameters of every part, and with `each` all of them."""
+    print_parameters(count_shapes(shapes), console)
+    for name, shape in shapes.items() if each else ():
+        console.print(f"  {name} {list(shape)}")
 
 
-def _incoming(options: cli.Stream | cli.Calibrate, model: Model) -> Generator[Tubelet, None, None]:
-    return tubelets(options.video, model, fps=options.fps, start=options.start, end=options.end)
+def _incoming(
+    options: cli.Stream | cli.Calibrate, source: Model | EdgeSession
+) -> Generator[Tubelet, None, None]:
+    span = {"fps": options.fps, "start": options.start, "end": options.end}
+    if isinstance(source, EdgeSession):
+        return read_tubelets(options.video, source, source.tubelet_size, **span)
+    return tubelets(options.video, source, **span)
+
+
+def _width(source: Model | EdgeSession) -> int:
+    return source.width if isinstance(source, EdgeSession) else source.config.encoder.hidden_size
+
+
+def _exported(options: cli.Stream, gate: Gate) -> EdgeSession:
+    """Opens what was exported; options that only a model can follow are refused."""
+    fixed = ("window", "positions", "cache", "lora", "area", "area_layers", "dtype", "attention")
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    odd = [name for name in fixed if getattr(options, name) != defaults[name]]
+    if odd:
+        raise InputError(
+            f"--{odd[0].replace('_', '-')} belongs to jvjepa export, and {options.model} has it in "
+            "it; leave it out, or use --runtime jax with a converted folder"
+        )
+    return EdgeSession(options.model, gate, pool=options.pool, provider=options.provider)
 
 
 @contextlib.contextmanager
@@ -396,15 +352,15 @@ def _uninterrupted() -> Iterator[None]:
 
 def _session(options: Streaming, model: Model, gate: Gate, console: Console) -> Session:
     begin = time.perf_counter()
-    session = Session(
-        model, gate, window=options.window, positions=options.positions, pool=options.pool
-    )
+    how = {"positions": options.positions, "pool": options.pool, "cache": options.cache}
+    session = Session(model, gate, window=options.window, **how)
     encoder = model.encoder
     tokens = session.state.gate.reference.shape[1]
     scores = (1, encoder.config.num_heads, tokens, tokens * options.window)
     console.print(
         f"{np.dtype(encoder.dtype).name} on {jax.default_backend()}, attention "
-        f"{resolve(encoder.attention, scores)}, window {options.window}, compiled in "
+        f"{resolve(encoder.attention, scores)}, window {options.window}, state "
+        f"{streaming.nbytes(session.state.stream) / 1e6:,.1f} MB, compiled in "
         f"{time.perf_counter() - begin:.1f} s"
     )
     return session
@@ -450,7 +406,7 @@ class _StreamProgress:
             f"{1e3 * result.seconds:7.1f} ms  {rate:6.1f} frames/s{dropped}"
         )
 
-    def finish(self, session: Session, interrupted: bool) -> None:
+    def finish(self, session: Session | EdgeSession, interrupted: bool) -> None:
         if self.console.is_terminal:
             self.console.print()  # leaves the live line as it was
         if interrupted:
@@ -458,7 +414,7 @@ class _StreamProgress:
         statistics = session.statistics()
         seconds = time.perf_counter() - self.begin
         seen, encoded = int(statistics.seen[0]), int(statistics.encoded[0])
-        frames = seen * session.model.config.encoder.tubelet_size
+        frames = seen * session.tubelet_size
         self.console.print(
             f"{seen} tubelets ({frames} frames) in {seconds:.1f} s: {encoded} encoded, "
             f"{seen - encoded} skipped; {statistics.compute:.1%} of the compute of encoding all"

@@ -13,60 +13,25 @@ A tubelet with NaN or infinite values is encoded and flagged (`finite`), its own
 and then the stream forgets it: neither the cache nor the reference is spoilt.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jvjepa import streaming
+from jvjepa.cache import CacheDType
 from jvjepa.config import EncoderConfig
 from jvjepa.encoder import Encoder, check_video, forward_flops, token_grid
-from jvjepa.errors import ConfigError, InputError
+from jvjepa.errors import InputError
+from jvjepa.gate import Gate, Reference
 from jvjepa.streaming import Pool, Positions, StepOutput, StreamState
 from jvjepa.typing import Array, Params
 
-Reference = Literal["encoded", "previous"]
 _S = TypeVar("_S")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gate:
-    """When to encode.
-
-    Args:
-        tau: encode where the surprise is at least this, 0 to 2; 0 encodes everything. `jvjepa
-            calibrate` finds the value for a camera.
-        max_hold: encode at the latest after this many skipped in a row.
-        settle: encode this many more after each that was surprising. The embedding right after a
-            change still sees a window full of the time before, and would be held; with W-1 it is
-            held when the window is full of what is new.
-        reference: compare with the last "encoded" one, or with the "previous" one as the library
-            saccadic does, which slow drift never triggers.
-
-    Raises:
-        ConfigError: a value is impossible.
-    """
-
-    tau: float = 0.015
-    max_hold: int = 64
-    settle: int = 0
-    reference: Reference = "encoded"
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        if not 0.0 <= self.tau <= 2.0:
-            raise ConfigError(f"tau = {self.tau}; it must be between 0 and 2")
-        for name in ("max_hold", "settle"):
-            if not 0 <= getattr(self, name) < 2**31:  # they become int32
-                raise ConfigError(f"{name} = {getattr(self, name)}; it must be 0 to {2**31 - 1}")
-        if self.reference not in get_args(Reference):
-            right = get_args(Reference)
-            raise ConfigError(f"reference = {self.reference!r}; it must be one of {right}")
 
 
 class Numbers(NamedTuple):
@@ -158,6 +123,7 @@ def init_state(
     *,
     height: int | None = None,
     width: int | None = None,
+    cache: CacheDType | None = None,
 ) -> GatedStream:
     """Makes the state of gated streams that have seen nothing.
 
@@ -167,6 +133,7 @@ def init_state(
         window: as there.
         height: as there.
         width: as there.
+        cache: as there.
 
     Returns:
         The state.
@@ -174,7 +141,8 @@ def init_state(
     Raises:
         InputError: as there.
     """
-    stream = streaming.init_state(encoder, batch_size, window, height=height, width=width)
+    how = {"height": height, "width": width, "cache": cache}
+    stream = streaming.init_state(encoder, batch_size, window, **how)
     tokens = stream.cache.keys.shape[3]
     return GatedStream(stream, _init_gate(encoder, batch_size, tokens))
 
@@ -445,7 +413,7 @@ def _gated(
     tau, max_hold, settle = numbers
     descriptor = patches.astype(jnp.float32)
     finite = jnp.all(jnp.isfinite(descriptor), axis=(1, 2))
-    surprise = jnp.where(gate.ready, _surprise(descriptor, gate.reference), jnp.inf)
+    surprise = jnp.where(gate.ready, distance(descriptor, gate.reference), jnp.inf)
     surprise = jnp.where(finite, surprise, jnp.nan)
     surprising = finite & (surprise >= tau)
     is_new = ~finite | surprising | (gate.settling > 0) | (gate.held >= max_hold)
@@ -477,7 +445,7 @@ def _gated(
     return inner, gate, GatedOutput(out.tokens, out.embedding, is_new, surprise, finite)
 
 
-def _surprise(a: Array, b: Array) -> Array:
+def distance(a: Array, b: Array) -> Array:
     """1 - cosine of [B, n, D] with [B, n, D], per stream, without the cancellation of 1 - cos."""
 
     def unit(x: Array) -> Array:

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jvjepa import gating, video
+from jvjepa.cache import CacheDType
 from jvjepa.decoding import is_live, locate
-from jvjepa.gating import Gate
+from jvjepa.gate import Gate
+from jvjepa.preprocessing import HasCropSize
 from jvjepa.streaming import Pool, Positions
 from jvjepa.weights import Model
 
@@ -66,6 +68,7 @@ class Session:
         window: tubelets that a token sees.
         positions: see `jvjepa.streaming.step`.
         pool: see `jvjepa.streaming.step`.
+        cache: see `jvjepa.streaming.init_state`.
     """
 
     def __init__(
@@ -76,11 +79,13 @@ class Session:
         window: int,
         positions: Positions = "window",
         pool: Pool = "tubelet",
+        cache: CacheDType | None = None,
     ) -> None:
         """Compiles the step on a tubelet of zeros."""
         self.model, self.gate, self.window = model, gate, window
         self.positions: Positions = positions
         self.pool: Pool = pool
+        self.cache: CacheDType | None = cache
         self.restart(gate)
         config = model.config.encoder
         shape = (config.tubelet_size, config.crop_size, config.crop_size, 3)
@@ -90,7 +95,7 @@ class Session:
     def restart(self, gate: Gate) -> None:
         """Forgets everything and goes on with another gate; compiles nothing."""
         self.gate, self.seen, self.encoded = gate, 0, 0
-        self.state = gating.init_state(self.model.encoder, 1, self.window)
+        self.state = gating.init_state(self.model.encoder, 1, self.window, cache=self.cache)
 
     def step(self, tubelet: Tubelet) -> Result:
         """Takes in a tubelet."""
@@ -107,6 +112,11 @@ class Session:
             finite=bool(out.finite[0]),
             seconds=seconds,
         )
+
+    @property
+    def tubelet_size(self) -> int:
+        """Frames of a tubelet."""
+        return self.model.config.encoder.tubelet_size
 
     def statistics(self) -> gating.Statistics:
         """What the gate has done since the last restart, also after a step was interrupted."""
@@ -140,6 +150,21 @@ def tubelets(
     start: float = 0.0,
     end: float | None = None,
 ) -> Generator[Tubelet, None, None]:
+    """Reads and preprocesses tubelets for a model; see `read_tubelets`."""
+    config = model.config
+    span = {"fps": fps, "start": start, "end": end}
+    return read_tubelets(source, config, config.encoder.tubelet_size, **span)
+
+
+def read_tubelets(
+    source: str,
+    crop: HasCropSize,
+    tubelet_size: int,
+    *,
+    fps: float | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+) -> Generator[Tubelet, None, None]:
     """Reads and preprocesses tubelets in a thread of its own, a few ahead of the caller.
 
     Of a file every tubelet comes. A live source does not wait: where the caller is slower, the
@@ -148,7 +173,8 @@ def tubelets(
 
     Args:
         source: a file, a URL, or "camera:0"; see `jvjepa.video.stream`.
-        model: its config says how to preprocess.
+        crop: says how to preprocess.
+        tubelet_size: frames of a tubelet.
         fps: frames per second to take; None takes all.
         start: seconds to skip; files only.
         end: seconds at which to stop; None goes on to the end.
@@ -167,8 +193,8 @@ def tubelets(
     def work() -> None:
         try:
             with contextlib.closing(frames):
-                for group, seconds in video.tubelets(frames, model.config.encoder.tubelet_size):
-                    pixels = video.preprocess(group, model.config)
+                for group, seconds in video.tubelets(frames, tubelet_size):
+                    pixels = video.preprocess(group, crop)
                     belt.put(Tubelet(pixels, group[-1], seconds, dropped=0))
             belt.end(None)
         except _ClosedError:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from jvjepa.config import EncoderConfig, Rope
 from jvjepa.typing import Array
@@ -54,22 +55,46 @@ def layout(config: EncoderConfig, rows: int, columns: int) -> Layout:
     return Layout(rows, columns, *(last / (n - 1) if n > 1 else 1.0 for n in (rows, columns)))
 
 
-def positions(ids: Array, layout: Layout) -> Array:
+def positions(ids: Array | NDArray[np.integer], layout: Layout) -> Array:
     """Splits flat token ids into places on the axes tubelet, row, column.
 
     Args:
-        ids: int [...], ids into the (t, h, w) grid, t slowest.
+        ids: int [...], ids into the (t, h, w) grid, t slowest; of JAX or NumPy.
         layout: from `layout`.
 
     Returns:
-        float32 [..., 3].
+        float32 [..., 3], of the same.
     """
     in_tubelet = ids % (layout.rows * layout.columns)
     tubelet = ids // (layout.rows * layout.columns)
     axes = (tubelet, in_tubelet // layout.columns, in_tubelet % layout.columns)
     tubelet, row, column = (axis.astype(jnp.float32) for axis in axes)
     scaled = (tubelet, row * layout.row_scale, column * layout.column_scale)
-    return jnp.stack(scaled, axis=-1)
+    return ids.__array_namespace__().stack(scaled, axis=-1)
+
+
+def frequencies(head_width: int, variant: Rope) -> NDArray[np.float32]:
+    """What a place adds to the angle of each channel: angles are `positions @ frequencies`.
+
+    Args:
+        head_width: K.
+        variant: see `tables`.
+
+    Returns:
+        float32 [3, K]; a channel turns with one axis, or with none.
+    """
+    half = (head_width // 3) // 2
+    each = _frequencies(half)
+    each = np.tile(each, 2) if variant == "tiled" else np.repeat(each, 2)
+    table = np.zeros((3, head_width), np.float32)
+    for axis in range(3):
+        table[axis, axis * 2 * half : (axis + 1) * 2 * half] = each
+    return table
+
+
+def _frequencies(half: int) -> NDArray[np.float32]:
+    exponents = np.arange(half, dtype=np.float32) / np.float32(half)
+    return np.float32(1) / np.float32(_BASE) ** exponents
 
 
 def tables(positions: Array, head_width: int, variant: Rope) -> tuple[Array, Array]:
@@ -90,9 +115,8 @@ def tables(positions: Array, head_width: int, variant: Rope) -> tuple[Array, Arr
         cos, sin: float32 [..., K].
     """
     half = (head_width // 3) // 2
-    exponents = np.arange(half, dtype=np.float32) / np.float32(half)
-    frequencies = jnp.asarray(np.float32(1) / np.float32(_BASE) ** exponents)
-    angles = positions[..., None] * frequencies.reshape((1,) * positions.ndim + (half,))
+    each = jnp.asarray(_frequencies(half)).reshape((1,) * positions.ndim + (half,))
+    angles = positions[..., None] * each
     if variant == "tiled":
         angles = jnp.concatenate([angles, angles], axis=-1)
     else:
