@@ -19,7 +19,10 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_assets(tmp_path_factory.mktemp("cli"))
 
 
-COMMANDS = ["convert", "verify", "export-hf", "embed", "stream", "calibrate", "demo", "info"]
+COMMANDS = [
+    *("convert", "verify", "export-hf", "embed", "stream", "calibrate", "demo", "info"),
+    *("export", "quantize", "mos"),
+]
 
 
 def test_help_lists_every_command(capfd: pytest.CaptureFixture[str]) -> None:
