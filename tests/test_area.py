@@ -292,6 +292,7 @@ def test_gradients(sparse: bool, attention: str) -> None:
         assert error / size <= 5e-5, path
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32() -> None:
     config = _config()
     encoder, params = _model(config)

@@ -427,8 +427,10 @@ def test_full_disk(tmp_path: Path, limit: int) -> None:
     begins = ["ok", failed[2], "ok", failed[3], "ok", failed[5], "ok", "[1]", "[6]", "'the run'"]
     assert len(lines) == len(begins), out
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)), out
-    assert err.count("\n") == 1  # what ended the run was something else
-    assert f"{tmp_path}/run: step 9 was not saved, the last whole one is step 6: " in err
+    # What ended the run was something else. (Beside this line there may be the trace of a callback
+    # that tensorstore sends to an event loop which orbax has closed by then.)
+    text = f"{tmp_path}/run: step 9 was not saved, the last whole one is step 6: "
+    assert err.count(text) == 1, err
 
 
 # --- Killed at any moment ------------------------------------------------------------------------

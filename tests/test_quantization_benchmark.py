@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from jvjepa import Encoder, EncoderConfig, ModelConfig
 from jvjepa.quantization import SCHEMES, nbytes
@@ -12,6 +13,7 @@ sys.path[:0] = [str(FOLDER)]
 benchmark = importlib.import_module("quantization")
 
 
+@pytest.mark.slow
 def test_everybody_is_measured_and_written(tmp_path: Path) -> None:
     config = EncoderConfig(hidden_size=64, num_layers=2, num_heads=2, mlp_dim=128, crop_size=32)
     encoder, params = Encoder(config), benchmark.random_params(ModelConfig(encoder=config))

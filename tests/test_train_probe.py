@@ -95,7 +95,7 @@ def _row(features: Features, tokens: np.ndarray) -> int:
     return int(np.flatnonzero((flat == tokens.reshape(-1)).all(axis=1))[0])
 
 
-@pytest.mark.parametrize("kind", ["attentive", "linear"])
+@pytest.mark.parametrize("kind", [pytest.param("attentive", marks=pytest.mark.slow), "linear"])
 def test_what_can_be_told_apart_is_learned(kind: str) -> None:
     rates = {"attentive": (3e-3, 1e-6), "linear": (0.03, 1e-6)}[kind]
     config = dataclasses.replace(
