@@ -60,8 +60,9 @@ class Task:
 
 def measure(task: Task) -> list[dict[str, Any]]:
     """Exports, checks, and runs in turns with JAX; one row for each artefact."""
+    from jvjepa.export import manifest
     from jvjepa.export.artefact import artefact
-    from jvjepa.export.exporting import Source, export_here
+    from jvjepa.export.exporting import Source, export_here, open_artefact
     from jvjepa.export.options import Options
     from jvjepa.weights import load
 
@@ -82,7 +83,8 @@ def measure(task: Task) -> list[dict[str, Any]]:
     rows = []
     for one in exported:
         planned = artefact(one.what, model.config, options)
-        session = _session(task.out, planned, options)
+        entry = manifest.read(task.out).entry(task.out, one.what)
+        session = open_artefact(task.out, planned, entry, form)
         ours = {"clip": clip_in_jax, "step": step_in_jax}[one.what](model, task.sizes)
         theirs = artefact_run(session, planned, task.sizes["window"])
         seconds = in_turns([ours, theirs], task.sizes["repeats"])
@@ -102,15 +104,6 @@ def measure(task: Task) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _session(folder: Path, planned: Any, options: Any) -> Any:
-    from jvjepa.export import exporting, manifest
-
-    entry = manifest.read(folder).entry(folder, planned.what)
-    path = folder / next(iter(entry.files))
-    path = path.parent if path.name == "saved_model.pb" else path
-    return exporting.open_artefact(path, planned, entry, options)
 
 
 def clip_in_jax(model: Any, sizes: dict[str, int]) -> Callable[[], None]:

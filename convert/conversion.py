@@ -50,6 +50,19 @@ class Report:
     num_bytes: int
     source: Source | None
 
+    @classmethod
+    def of(
+        cls, out: Path, dtype: np.dtype, parameters: dict[str, int], source: Source | None
+    ) -> "Report":
+        """Reports on a folder that has been written."""
+        return cls(
+            out=out,
+            dtype=dtype.name,
+            parameters=parameters,
+            num_bytes=(out / WEIGHTS_FILE).stat().st_size,
+            source=source,
+        )
+
     def __str__(self) -> str:
         """A few lines for people."""
         total = sum(self.parameters.values())
@@ -114,13 +127,7 @@ def convert(
         pieces = progress(read_pieces(weights, wanted, target), len(wanted), "converting")
         with new_folder(out, force=force) as work:
             write_checkpoint(work, config, record, target, pieces)
-    return Report(
-        out=out,
-        dtype=target.name,
-        parameters=count_parameters(original.config),
-        num_bytes=(out / WEIGHTS_FILE).stat().st_size,
-        source=record,
-    )
+    return Report.of(out, target, count_parameters(original.config), record)
 
 
 def check_apart(source: Path, out: Path) -> None:

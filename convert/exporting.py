@@ -57,13 +57,7 @@ def export_hf(model: str | Path, out: str | Path, *, force: bool = False) -> Rep
             if source is not None and source.preprocessor is not None:
                 _write_json(work / PREPROCESSOR_FILES[0], source.preprocessor)
             write_safetensors(work / WEIGHTS_FILE, shapes, dtype, pieces, {"format": "pt"})
-    return Report(
-        out=out,
-        dtype=dtype.name,
-        parameters=count_parameters(config),
-        num_bytes=(out / WEIGHTS_FILE).stat().st_size,
-        source=source,
-    )
+    return Report.of(out, dtype, count_parameters(config), source)
 
 
 def _pieces(

@@ -104,13 +104,7 @@ def attach_probe(
         pieces = _pieces(stored, config, weights, wanted, dtype)
         with new_folder(out, force=force) as work:
             write_checkpoint(work, config, source, dtype, pieces)
-    return Report(
-        out=out,
-        dtype=dtype.name,
-        parameters=count_parameters(config),
-        num_bytes=(out / WEIGHTS_FILE).stat().st_size,
-        source=source,
-    )
+    return Report.of(out, dtype, count_parameters(config), source)
 
 
 def _action_labels(

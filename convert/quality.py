@@ -2,11 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from jvjepa.convert import hub
 from jvjepa.convert.architecture import Hints
@@ -31,7 +28,7 @@ from jvjepa.storage import check_free, new_folder
 from jvjepa.text_config import TextConfig
 from jvjepa.text_weights import read_tokenizer, text_shapes
 from jvjepa.version import __version__
-from jvjepa.weights import WEIGHTS_FILE, check_dtype, check_names, write_folder
+from jvjepa.weights import check_dtype, check_names, write_folder
 
 
 def is_text_source(source: str, revision: str | None = None) -> bool:
@@ -89,7 +86,7 @@ def convert_text(
             described = {"text": config.to_json()}
             write_folder(work, TEXT_FORMAT, described, record, target, shapes, pieces)
             tokenizer.save(work)
-    return _report(out, target, shapes, record)
+    return Report.of(out, target, count_shapes(shapes), record)
 
 
 def convert_quality(
@@ -162,7 +159,7 @@ def convert_quality(
             described = {"quality": config.to_json()}
             write_folder(work, QUALITY_FORMAT, described, record, target, shapes, pieces)
             tokenizer.save(work)
-    return _report(out, target, shapes, record)
+    return Report.of(out, target, count_shapes(shapes), record)
 
 
 def _check_text(path: Path, weights: Weights, config: TextConfig) -> dict[str, StoredTensor]:
@@ -181,16 +178,4 @@ def _text_record(found: hub.Checkpoint, weights: Weights, hf_config: dict[str, A
         converter=__version__,
         config=hf_config,
         dropped=split(weights.tensors)[1],
-    )
-
-
-def _report(
-    out: Path, dtype: np.dtype, shapes: Mapping[str, tuple[int, ...]], record: Source
-) -> Report:
-    return Report(
-        out=out,
-        dtype=dtype.name,
-        parameters=count_shapes(shapes),
-        num_bytes=(out / WEIGHTS_FILE).stat().st_size,
-        source=record,
     )

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import importlib.metadata
 import multiprocessing
-import shlex
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,21 +16,48 @@ import jax
 from jvjepa.area import AreaOptions
 from jvjepa.errors import InputError
 from jvjepa.export import tensorrt
-from jvjepa.export.artefact import Artefact, Weights, artefact, weights_of
+from jvjepa.export.artefact import Artefact, artefact, weights_of
 from jvjepa.export.manifest import Entry, Manifest
-from jvjepa.export.options import HALF_SCALES, TOLERANCE, Options
+from jvjepa.export.options import HALF_SCALES, TOLERANCE, Format, Options
 from jvjepa.export.parity import Parity, check
-from jvjepa.export.sessions import OnnxSession, Session
+from jvjepa.export.sessions import CPU, Session, open_session
 from jvjepa.quantization import Scheme
 from jvjepa.storage import check_free, new_folder
-from jvjepa.weights import Model, load, read_quantization
+from jvjepa.weights import Model, load
 
 _LIBRARIES = (
     *("jvjepa", "jax", "jax2onnx", "onnx", "onnxruntime", "tensorrt"),
     *("tensorflow-cpu", "tensorflow", "orbax-export", "ai-edge-litert"),
 )
-_EXTRA = {"saved-model": "tensorflow", "litert": "tensorflow"}  # others need "export"
-_SUFFIX = {"saved-model": "", "litert": ".tflite", "stablehlo": ".stablehlo"}  # others .onnx
+
+
+class Form(NamedTuple):
+    """How a format is written and run.
+
+    Args:
+        suffix: of what is written.
+        extra: of the installation, which brings the libraries.
+        module: of `jvjepa.export`, imported when it is needed.
+        writer: the name of its function.
+        session: the name of its class that runs what was written; None where
+            `jvjepa.export.sessions` does.
+    """
+
+    suffix: str
+    extra: str
+    module: str
+    writer: str
+    session: str | None
+
+
+_ONNX = Form(".onnx", "export", "onnx_file", "write", None)
+_FORMS: dict[Format, Form] = {
+    "onnx": _ONNX,
+    "tensorrt": _ONNX,  # of which the engine is built
+    "saved-model": Form("", "tensorflow", "saved_model", "write", "SavedModelSession"),
+    "litert": Form(".tflite", "tensorflow", "saved_model", "write_litert", "LiteRTSession"),
+    "stablehlo": Form(".stablehlo", "export", "stablehlo", "write", "StableHLOSession"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,19 +129,26 @@ def export(
 def export_here(source: Source, folder: Path, options: Options) -> tuple[list[Exported], list[str]]:
     """Exports into a folder that exists, in this process; see `export`."""
     model = load(source.model, dtype="float32", areas=source.areas, lora=source.lora)
-    quantization = read_quantization(source.model)
-    scheme = None if quantization is None else quantization.scheme
+    scheme = None if model.quantization is None else model.quantization.scheme
     _check_scheme(scheme, options)
     if scheme == "int8-static" and options.tolerance is None:
         options = dataclasses.replace(options, tolerance=TOLERANCE["int8-static"])
+    builds = options.format == "tensorrt" and tensorrt.installed()
+    runtime = "onnx" if options.format == "tensorrt" and not builds else options.format
     planned = [artefact(what, model.config, options) for what in options.what]
     exported, entries = [], {}
     for one in planned:
         begin = time.perf_counter()
-        path = _write(folder, one, model, weights_of(model, one.parts, scheme), options)
+        path = folder / f"{one.what}{_FORMS[runtime].suffix}"
+        _writer(options)(path, one, model, weights_of(model, one.parts, scheme), options)
+        if builds:
+            plain = Entry(
+                files={}, inputs=one.inputs, outputs=one.outputs, parity={}, tolerance=0.0
+            )
+            path = tensorrt.build(path, plain)
         written = time.perf_counter()
         entry = _entry(folder, path, one, options)
-        session = open_artefact(path, one, entry, options)
+        session = open_artefact(folder, one, entry, runtime, options.provider)
         loaded = time.perf_counter()
         parity = check(one, model, session.run, options)
         entries[one.what] = dataclasses.replace(
@@ -123,24 +156,13 @@ def export_here(source: Source, folder: Path, options: Options) -> tuple[list[Ex
         )
         size = sum(entry.files.values())
         exported.append(Exported(one.what, size, parity, (written - begin, loaded - written)))
-    built = options.format == "tensorrt" and tensorrt.installed()
-    runtime = "onnx" if options.format == "tensorrt" and not built else options.format
     _manifest(model, source, options, runtime, entries).write(folder)
     remarks = []
     if scheme is not None and not (scheme.startswith("int8") and runtime in ("onnx", "tensorrt")):
         remarks.append(f"kernels of {scheme} were turned back: {runtime} has no such weights")
-    if options.format == "tensorrt" and not built:
+    if runtime != options.format:
         remarks.append(_write_recipe(folder, entries))
     return exported, remarks
-
-
-def _write(folder: Path, one: Artefact, model: Model, weights: Weights, options: Options) -> Path:
-    path = folder / f"{one.what}{_SUFFIX.get(options.format, '.onnx')}"
-    _writer(options)(path, one, model, weights, options)
-    if options.format == "tensorrt" and tensorrt.installed():
-        plain = Entry(files={}, inputs=one.inputs, outputs=one.outputs, parity={}, tolerance=0.0)
-        return tensorrt.build(path, plain)
-    return path
 
 
 def _check_scheme(scheme: Scheme | None, options: Options) -> None:
@@ -159,34 +181,35 @@ def _check_scheme(scheme: Scheme | None, options: Options) -> None:
 
 
 def _writer(options: Options) -> Callable[..., None]:
-    modules = {
-        "saved-model": ("saved_model", "write"),
-        "litert": ("saved_model", "write_litert"),
-        "stablehlo": ("stablehlo", "write"),
-    }
-    module, name = modules.get(options.format, ("onnx_file", "write"))
+    form = _FORMS[options.format]
     try:
-        return getattr(importlib.import_module(f"jvjepa.export.{module}"), name)
+        return getattr(importlib.import_module(f"jvjepa.export.{form.module}"), form.writer)
     except ModuleNotFoundError as error:
-        extra = _EXTRA.get(options.format, "export")
         raise InputError(
-            f"--format {options.format} needs {error.name}: pip install 'jvjepa[{extra}]'"
+            f"--format {options.format} needs {error.name}: pip install 'jvjepa[{form.extra}]'"
         ) from error
 
 
-def open_artefact(path: Path, one: Artefact, entry: Entry, options: Options) -> Session:
-    """Opens one artefact in its own runtime."""
-    if path.suffix == ".engine":
-        return tensorrt.TensorRTSession(path, entry)
-    if path.suffix == ".onnx":
-        return OnnxSession(path, entry, provider=options.provider)
-    if path.suffix == ".stablehlo":
-        from jvjepa.export.stablehlo import StableHLOSession
+def open_artefact(
+    folder: Path, one: Artefact, entry: Entry, runtime: Format, provider: str = CPU
+) -> Session:
+    """Opens one artefact of an export folder in its own runtime.
 
-        return StableHLOSession(path, one)
-    from jvjepa.export.saved_model import LiteRTSession, SavedModelSession
+    Args:
+        folder: the folder.
+        one: the artefact.
+        entry: what the manifest says of it.
+        runtime: of the manifest.
+        provider: of ONNX Runtime.
 
-    return (LiteRTSession if path.suffix == ".tflite" else SavedModelSession)(path, one)
+    Returns:
+        The session.
+    """
+    form = _FORMS[runtime]
+    if form.session is None:
+        return open_session(folder, one.what, entry, runtime, provider)
+    module = importlib.import_module(f"jvjepa.export.{form.module}")
+    return getattr(module, form.session)(folder / f"{one.what}{form.suffix}", one)
 
 
 def _entry(folder: Path, path: Path, one: Artefact, options: Options) -> Entry:
@@ -254,8 +277,7 @@ def _write_recipe(folder: Path, entries: dict[str, Entry]) -> str:
     script = folder / "build_engines.sh"
     script.write_text("\n".join([*lines, *(f"# {command}" for command in commands), ""]))
     script.chmod(0o755)
-    where = shlex.quote(script.name)
     return (
         "TensorRT is not installed here: no engine was built. The ONNX files are whole; on the "
-        f"machine with the GPU run ./{where}, or {commands[0]}"
+        f"machine with the GPU run ./{script.name}, or {commands[0]}"
     )

@@ -18,6 +18,7 @@ import numpy as np
 from jvjepa import gating, rope
 from jvjepa.area import areas, row_areas
 from jvjepa.config import ClassifierConfig, EncoderConfig
+from jvjepa.encoder import token_grid
 from jvjepa.layers import normalize
 from jvjepa.streaming import Positions
 from jvjepa.typing import Array, DType
@@ -169,7 +170,7 @@ class Network:
             float32 embedding [B, D], float32 tokens [B, S, D], and the keys and the values.
         """
         numerics, p = self.numerics, params["encoder"]
-        grid = _grid(tubelet, self.config)
+        grid = token_grid(tubelet, self.config)
         window, epsilon = keys.shape[2], self.config.layer_norm_eps
         # time % W and its like as differences: TensorRT's list has no Mod.
         slot = time - jax.lax.div(time, jnp.full_like(time, window)) * window
@@ -211,7 +212,7 @@ class Network:
     def _clip(self, p: Params, video: Array, layers: tuple[int, ...]) -> list[Array]:
         """The normed tokens, float32 [B, N, D], of `layers`, or else of the last one."""
         numerics, epsilon = self.numerics, self.config.layer_norm_eps
-        rows, columns = _grid(video, self.config)
+        rows, columns = token_grid(video, self.config)
         x = self._embed(p, video)
         tubelets = x.shape[1] // (rows * columns)
         order = np.arange(x.shape[1])
@@ -250,7 +251,7 @@ class Network:
         if video.shape[1] == 1:
             frames = 1 if is_image else frames
             video = video if is_image else jnp.repeat(video, frames, axis=1)
-        rows, columns = _grid(video, self.config)
+        rows, columns = token_grid(video, self.config)
         tubelets = video.shape[1] // frames
         # Six axes at a time, batch and tubelets as one, pixels and channels as one: LiteRT's limit.
         patches = video.reshape(-1, frames, rows, side, columns, side * 3)
@@ -280,7 +281,9 @@ class Network:
         for count, size in runs:
             stop = start + count * size
             parts = [x[:, start:stop].reshape(-1, size, *x.shape[2:]) for x in (q, k, v)]
-            outputs.append(self.numerics.attend(*parts).reshape(-1, stop - start, self._width))
+            outputs.append(
+                self.numerics.attend(*parts).reshape(-1, stop - start, self.config.hidden_size)
+            )
             start = stop
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
@@ -299,10 +302,6 @@ class Network:
             outputs.append(self.numerics.attend(q[:, part], *parts, mask))
             start += size
         return jnp.concatenate(outputs, axis=1)
-
-    @property
-    def _width(self) -> int:
-        return self.config.hidden_size
 
     def _tables(self, places: np.ndarray) -> tuple[Array, Array]:
         """Cosines and signed sines, float32 [1, N, 1, K], of constant places [N, 3]."""
@@ -343,10 +342,6 @@ def _merged(ring: Array) -> tuple[int, int, int]:
     """The shape of ring [B, W, S, H, K] as a sequence, without B."""
     _, window, tokens, heads, width = ring.shape
     return window * tokens, heads, width
-
-
-def _grid(video: Array, config: EncoderConfig) -> tuple[int, int]:
-    return video.shape[2] // config.patch_size, video.shape[3] // config.patch_size
 
 
 def _mean(tokens: Array) -> Array:

@@ -52,7 +52,8 @@ def write(path: Path, artefact: Artefact, model: Model, weights: Weights, option
         _put_int8(graph, name, parts, dtype)
     onnx_model = gs.export_onnx(graph.cleanup().toposort())
     _name_ports(onnx_model, artefact)
-    _put_weights(onnx_model, {n: x.astype(dtype) for n, x in weights.arrays.items()})
+    arrays = {name: x.astype(dtype, copy=False) for name, x in weights.arrays.items()}
+    _put_weights(onnx_model, arrays)
     _save(onnx_model, path)
     check(path)
 

@@ -1,13 +1,20 @@
 """Architectures as frozen, checked configurations, and their JSON form."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from jvjepa.errors import ConfigError
-from jvjepa.fields import build, check, check_bools, check_choices, check_eps, check_positive_ints
+from jvjepa.fields import (
+    Config,
+    build,
+    check,
+    check_bools,
+    check_choices,
+    check_eps,
+    check_positive_ints,
+)
 
 Rope = Literal["tiled", "interleaved"]
 RopeGrid = Literal["input", "config"]
@@ -44,6 +51,11 @@ class BlockConfig:
     def head_width(self) -> int:
         """Channels K of one attention head."""
         return self.hidden_size // self.num_heads
+
+    @classmethod
+    def of(cls, part: Any) -> "BlockConfig":
+        """The blocks of a part of a model, whose configuration has the same fields."""
+        return cls(**{field.name: getattr(part, field.name) for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +138,7 @@ class EncoderConfig:
     @property
     def block(self) -> BlockConfig:
         """What its transformer blocks are."""
-        return _block(self)
+        return BlockConfig.of(self)
 
     @property
     def head_width(self) -> int:
@@ -210,7 +222,7 @@ class PredictorConfig:
     @property
     def block(self) -> BlockConfig:
         """What its transformer blocks are."""
-        return _block(self)
+        return BlockConfig.of(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,7 +258,7 @@ class ActionPredictorConfig:
     @property
     def block(self) -> BlockConfig:
         """What its transformer blocks are."""
-        return _block(self)
+        return BlockConfig.of(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -351,7 +363,7 @@ class AnticipatorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Config):
     """A whole checkpoint: the encoder and the parts that came with it.
 
     Args:
@@ -409,10 +421,6 @@ class ModelConfig:
         """Pixels of a side of the square input that the weights were trained on."""
         return self.encoder.crop_size
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns the configuration as plain JSON values; `from_json` is the way back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Builds the configuration from what `to_json` returned.
@@ -443,15 +451,6 @@ _OPTIONAL_PARTS: dict[str, type] = {
     "anticipator": AnticipatorConfig,
     "action_predictor": ActionPredictorConfig,
 }
-
-
-def _block(part: EncoderConfig | PredictorConfig | ActionPredictorConfig) -> BlockConfig:
-    return BlockConfig(
-        hidden_size=part.hidden_size,
-        num_heads=part.num_heads,
-        mlp_dim=part.mlp_dim,
-        layer_norm_eps=part.layer_norm_eps,
-    )
 
 
 def _ascending(layers: object) -> bool:

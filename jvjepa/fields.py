@@ -1,11 +1,20 @@
 """Checks of the fields of a configuration, each with one message, and the way back from JSON."""
 
 import dataclasses
-from typing import TypeVar
+import json
+from typing import Any, TypeVar
 
 from jvjepa.errors import ConfigError
 
 _T = TypeVar("_T")
+
+
+class Config:
+    """What the configuration of a whole model inherits; a dataclass, as those inside of it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the configuration as plain JSON values; `from_json` is the way back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 def check(ok: bool, owner: object, field: str, right: str) -> None:

@@ -1,13 +1,12 @@
 """What a model is that scores the quality of generated videos."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from jvjepa.config import EncoderConfig, PoolerConfig
 from jvjepa.errors import ConfigError
-from jvjepa.fields import build, check, check_choices, check_positive_ints
+from jvjepa.fields import Config, build, check, check_choices, check_positive_ints
 from jvjepa.text_config import TextConfig
 
 Feature = Literal["first_token", "mean", "attentive"]
@@ -43,7 +42,7 @@ class HeadConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QualityConfig:
+class QualityConfig(Config):
     """A video-quality model: a video encoder, a text encoder for the prompt, and a head.
 
     Args:
@@ -89,10 +88,6 @@ class QualityConfig:
     def crop_size(self) -> int:
         """Pixels of a side of the square input, for `jvjepa.video.preprocess`."""
         return self.encoder.crop_size
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the configuration as plain JSON values; `from_json` is the way back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "QualityConfig":

@@ -23,7 +23,6 @@ from jvjepa.text_weights import TextModel, read_tokenizer, text_shapes
 from jvjepa.tokenizer import Tokenizer
 from jvjepa.typing import DType, Params
 from jvjepa.weights import (
-    DTYPES,
     WEIGHTS_FILE,
     Model,
     check_dtype,
@@ -174,8 +173,8 @@ def load_quality(
     folder = Path(folder)
     config, source = read_quality_record(folder)
     tokenizer = read_tokenizer(folder, config.text)
-    params, stored = read_params(folder / WEIGHTS_FILE, quality_shapes(config), scan=scan)
-    dtypes = (stored if dtype is None else DTYPES[dtype], stored)
+    path = folder / WEIGHTS_FILE
+    params, dtypes = read_params(path, quality_shapes(config), scan=scan, dtype=dtype)
     parts = modules(config, dtypes, attention, scan)
     return QualityModel(config=config, **parts, params=params, tokenizer=tokenizer, source=source)
 

@@ -1,18 +1,17 @@
 """What a sentence encoder of the BERT family is."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from jvjepa.config import BlockConfig
-from jvjepa.fields import build, check, check_choices, check_eps, check_positive_ints
+from jvjepa.fields import Config, build, check, check_choices, check_eps, check_positive_ints
 
 Pooling = Literal["cls", "mean"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(Config):
     """A BERT encoder, and how one vector is made of its tokens.
 
     Args:
@@ -52,16 +51,7 @@ class TextConfig:
     @property
     def block(self) -> BlockConfig:
         """What its transformer blocks are."""
-        return BlockConfig(
-            hidden_size=self.hidden_size,
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            layer_norm_eps=self.layer_norm_eps,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the configuration as plain JSON values; `from_json` is the way back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return BlockConfig.of(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TextConfig":

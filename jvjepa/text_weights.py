@@ -16,7 +16,6 @@ from jvjepa.text_config import TextConfig
 from jvjepa.tokenizer import Tokenizer
 from jvjepa.typing import Params
 from jvjepa.weights import (
-    DTYPES,
     WEIGHTS_FILE,
     check_dtype,
     read_params,
@@ -95,8 +94,8 @@ def load_text(
     folder = Path(folder)
     config, source = read_text_record(folder)
     tokenizer = read_tokenizer(folder, config)
-    params, stored = read_params(folder / WEIGHTS_FILE, text_shapes(config), scan=scan)
-    dtypes = (stored if dtype is None else DTYPES[dtype], stored)
+    path = folder / WEIGHTS_FILE
+    params, dtypes = read_params(path, text_shapes(config), scan=scan, dtype=dtype)
     return TextModel(
         config=config,
         encoder=TextEncoder(config, *dtypes, attention, scan),

@@ -304,32 +304,35 @@ def read_params(
     shapes: Mapping[str, tuple[int, ...]],
     *,
     scan: bool,
+    dtype: str | None = None,
     quantization: Quantization | None = None,
-) -> tuple[Params, np.dtype]:
+) -> tuple[Params, tuple[np.dtype, np.dtype]]:
     """Reads all tensors of a weight file.
 
     Args:
         path: the file.
         shapes: what it must hold, by flat name.
         scan: whether blocks stay stacked.
+        dtype: of the computation; None takes that of the parameters.
         quantization: how kernels among them were quantized, or None.
 
     Returns:
-        Nested dictionaries of arrays and quantized kernels on JAX's default device, and the dtype
-        of those that are not quantized.
+        Nested dictionaries of arrays and quantized kernels on JAX's default device, and the dtypes
+        of a module that takes them: of its computation, and of the parameters that are not
+        quantized.
 
     Raises:
         CheckpointError: the file is not whole, or holds others.
     """
     params: dict[tuple[str, ...], jax.Array] = {}
     with open_safetensors(path) as file:
-        dtype = check_header(path, file, shapes, quantization)
+        stored = check_header(path, file, shapes, quantization)
         for name in shapes:  # one by one, so that no second copy of all is made
             value = read_tensor(file, name, quantization)
             tree = unflatten_dict({tuple(name.split("/")): value})
             leaves = flatten_dict(tree if scan else unstack_layers(tree))
             params |= {place: jax.tree.map(jnp.asarray, leaf) for place, leaf in leaves.items()}
-    return unflatten_dict(params), dtype
+    return unflatten_dict(params), (stored if dtype is None else DTYPES[dtype], stored)
 
 
 def load(
@@ -373,15 +376,13 @@ def load(
     if areas is not None:
         config = dataclasses.replace(config, encoder=areas.of(config.encoder))
     path = Path(folder) / WEIGHTS_FILE
-    merged, param_dtype = read_params(
-        path, parameter_shapes(config), scan=scan, quantization=quantization
-    )
+    how = {"scan": scan, "dtype": dtype, "quantization": quantization}
+    merged, dtypes = read_params(path, parameter_shapes(config), **how)
     if lora is not None:
         from jvjepa.adapters import merge_saved  # here, because it imports this module
 
         merged, record = merge_saved(lora, merged)
         source = None if source is None else dataclasses.replace(source, lora=record)
-    dtypes = (param_dtype if dtype is None else DTYPES[dtype], param_dtype)
 
     def make(module: type[nn.Module], part: Any) -> Any:
         return None if part is None else module(part, config.encoder, *dtypes, attention, scan)

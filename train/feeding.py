@@ -1,8 +1,11 @@
 """What a task is fed with: clips of a manifest, in batches, from any step on."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+import grain
 import jax
 
 from jvjepa.train.data import Batches, ClipConfig, batches, evaluation_batches
@@ -21,6 +24,15 @@ def options(config: Any, *without: str) -> dict[str, Any]:
         The other fields, as JSON knows them.
     """
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in without}
+
+
+@contextlib.contextmanager
+def reading(batches: grain.MapDataset) -> Iterator[grain.DatasetIterator]:
+    """Reads batches of what lies in memory or in maps of files, two ahead, until it is closed."""
+    # grain's own numbers are for small elements.
+    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    with contextlib.closing(iter(batches.to_iter_dataset(ahead))) as iterator:
+        yield iterator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

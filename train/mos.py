@@ -16,10 +16,10 @@ Reference: QualiVision (`src/models/vjepa_model.py`, `src/utils/training.py`), w
 here in updates, and whose weights of losses adapt in training alone.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import grain
@@ -32,7 +32,7 @@ from jvjepa.fields import check, check_choices, check_positive_ints
 from jvjepa.layers import Remat
 from jvjepa.parameters import stack_layers
 from jvjepa.quality import QualityModel
-from jvjepa.train.feeding import options
+from jvjepa.train.feeding import options, reading
 from jvjepa.train.frozen_features import DTYPES as STORED
 from jvjepa.train.frozen_features import Stored
 from jvjepa.train.manifest import DataError
@@ -266,10 +266,9 @@ def _feed(scorer: Scorer, batch_size: int, seed: int, training: Examples) -> Fee
     epoch = len(training) // batch_size * batch_size
     text = scorer.text(training)
 
-    @contextlib.contextmanager
     def feed(
         step: int, process_index: int, process_count: int
-    ) -> Iterator[grain.DatasetIterator[Batch]]:
+    ) -> AbstractContextManager[grain.DatasetIterator[Batch]]:
         size = batch_size // process_count
         if size * process_count != batch_size:
             raise InputError(
@@ -278,12 +277,7 @@ def _feed(scorer: Scorer, batch_size: int, seed: int, training: Examples) -> Fee
         share = slice(process_index * size, (process_index + 1) * size)
         rows = grain.MapDataset.source(range(len(training))).shuffle(seed=seed)
         batches = rows[:epoch].repeat(None).batch(batch_size)[step:]
-        ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
         batches = batches.map(lambda some: gather(training, text, some[share]))
-        iterator = iter(batches.to_iter_dataset(ahead))
-        try:
-            yield iterator
-        finally:
-            iterator.close()
+        return reading(batches)
 
     return feed

@@ -20,12 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jvjepa.errors import ConfigError
-from jvjepa.quality import SCORES
+from jvjepa.score_file import COLUMNS, NAME, PROMPT
 from jvjepa.train.manifest import DataError
 
 LOWEST, HIGHEST = 1.0, 5.0
-NAME, PROMPT = "video_name", "Prompt"
-COLUMNS = tuple(f"{name}_MOS" for name in SCORES)
 
 _UNKNOWN = ("", "nan", "na", "n/a", "null", "none")  # how a missing score is written
 

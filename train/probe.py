@@ -13,11 +13,10 @@ own, and nothing mixes them; a head that diverges stands still and does not stop
 Reference: `evals/video_classification_frozen/eval.py` of Meta's V-JEPA 2.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import grain
@@ -32,6 +31,7 @@ from jvjepa.errors import InputError
 from jvjepa.heads import Classifier
 from jvjepa.parameters import unstack_layers
 from jvjepa.train.feature_cache import Features, check_classes, check_kind, count_classes
+from jvjepa.train.feeding import reading
 from jvjepa.train.probe_heads import Accuracy, Heads, ProbeConfig, sample_tokens
 from jvjepa.train.task import Best, Feed, Loss, Optimizer, Task
 from jvjepa.typing import Array, Params
@@ -361,10 +361,9 @@ def _feed(config: ProbeConfig, training: Features) -> Feed:
         tokens, labels = zip(*samples, strict=True)
         return Samples(np.stack(tokens), np.array(labels, np.int32))
 
-    @contextlib.contextmanager
     def feed(
         step: int, process_index: int, process_count: int
-    ) -> Iterator[grain.DatasetIterator[Samples]]:
+    ) -> AbstractContextManager[grain.DatasetIterator[Samples]]:
         if config.batch_size % process_count:
             raise InputError(
                 f"ProbeConfig.batch_size = {config.batch_size}; it must be a multiple of the "
@@ -373,11 +372,6 @@ def _feed(config: ProbeConfig, training: Features) -> Feed:
         rows = grain.MapDataset.source(range(len(training))).shuffle(seed=config.seed)
         share = rows[:epoch].repeat(None).map_with_index(sample)[process_index::process_count]
         batches = share.batch(config.batch_size // process_count, batch_fn=stack)[step:]
-        ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
-        iterator = iter(batches.to_iter_dataset(ahead))
-        try:
-            yield iterator
-        finally:
-            iterator.close()
+        return reading(batches)
 
     return feed
