@@ -1,8 +1,10 @@
-"""Meta's golden checkpoints as our parameters, and their inputs and outputs.
+"""Meta's golden checkpoints as our parameters and as the PyTorch port, their inputs and outputs.
 
-The official names and layouts are spelled out once more here, independent of jvjepa.convert.
+The official names and layouts are spelled out once more here, independent of jvjepa.convert; the
+port takes the tensors as they are.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from jvjepa.config import (
     ModelConfig,
     PredictorConfig,
 )
+from jvjepa.convert.official import Official
 from jvjepa.parameters import stack_layers
 from jvjepa.typing import Params
 
 GOLDEN = Path(__file__).parent / "golden"
 Weights = dict[str, np.ndarray]
+StateDicts = dict[str, dict[str, torch.Tensor]]
 
 _SIZES = {"hidden_size": 32, "num_heads": 2, "mlp_dim": 128, "crop_size": 64, "frames_per_clip": 8}
 _PREDICTOR = {"hidden_size": 24, "num_heads": 2, "mlp_dim": 96}
@@ -61,6 +65,32 @@ def _v2_1(**predictor: int) -> ModelConfig:
 TEACHER = _v2_1(num_levels=4)  # vjepa2_1_tiny_teacher
 DISTILLED = _v2_1(output_dim=96)  # vjepa2_1_tiny_distilled
 
+MODELS = {  # by part: the file and the way to its state dict
+    "vjepa2_tiny": (
+        V2,
+        {
+            "encoder": ("vjepa2_tiny.pt", "target_encoder"),
+            "predictor": ("vjepa2_tiny.pt", "predictor"),
+            "classifier": ("vjepa2_tiny_probe.pt", "classifiers", 0),
+            "action_predictor": ("vjepa2_ac_tiny.pt", "predictor"),
+        },
+    ),
+    "vjepa2_1_tiny_teacher": (
+        TEACHER,
+        {
+            "encoder": ("vjepa2_1_tiny_teacher.pt", "target_encoder"),
+            "predictor": ("vjepa2_1_tiny_teacher.pt", "predictor"),
+        },
+    ),
+    "vjepa2_1_tiny_distilled": (
+        DISTILLED,
+        {
+            "encoder": ("vjepa2_1_tiny_distilled.pt", "ema_encoder"),
+            "predictor": ("vjepa2_1_tiny_distilled.pt", "predictor"),
+        },
+    ),
+}
+
 
 def data(name: str) -> Weights:
     """The inputs and outputs of `name`.io.safetensors."""
@@ -81,6 +111,31 @@ def weights(file: str, key: str | int, *keys: str | int) -> Weights:
         name.replace("module.", "").replace("backbone.", ""): value.numpy()
         for name, value in found.items()
     }
+
+
+@functools.cache
+def tensors(name: str) -> StateDicts:
+    """The state dict of each part of one of `MODELS`."""
+    return {
+        part: {key: torch.from_numpy(value) for key, value in weights(*place).items()}
+        for part, place in MODELS[name][1].items()
+    }
+
+
+@functools.cache
+def model(name: str, rounding: str = "float32") -> Official:
+    """The PyTorch port of one of `MODELS`."""
+    return Official(MODELS[name][0], tensors(name), rounding=rounding)
+
+
+def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def frames(count: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, actions and states of two clips."""
+    tokens = random_tokens(2, count * rows * columns, 32)
+    return tokens, random_tokens(2, count, 7, seed=1), random_tokens(2, count, 7, seed=2)
 
 
 def encoder(theirs: Weights) -> Params:

@@ -76,6 +76,13 @@ def random_quality_params(config: QualityConfig, seed: int = 0) -> Params:
     return unflatten_dict({tuple(n.split("/")): draw(n, shape) for n, shape in shapes.items()})
 
 
+def random_features(batch: int, widths: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
+    """Of a video, far from norm 1, and of a text, of norm 1."""
+    rng = np.random.default_rng(seed)
+    clip, text = (rng.normal(size=(batch, width)).astype(np.float32) for width in widths)
+    return [5 * clip + 1, text / np.linalg.norm(text, axis=1, keepdims=True)]
+
+
 def write_tokenizer(
     folder: Path, *, lower: bool = True, max_length: int = MAX_LENGTH, as_json: bool = False
 ) -> Path:

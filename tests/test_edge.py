@@ -76,7 +76,7 @@ def test_equals_the_gated_stream(assets: Path, name: str, pool: str) -> None:
     surprises = np.array([one.surprise for one in found])
     expected = np.concatenate([one.surprise for one in right])
     assert np.isinf(surprises[0])
-    np.testing.assert_allclose(surprises[1:], expected[1:], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(surprises[1:], expected[1:], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reference", ["encoded", "previous"])
@@ -199,7 +199,7 @@ def test_the_command_gives_what_jax_gives(assets: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["times"], right["times"])
     assert 0 < found["is_new"].sum() < len(found["is_new"])
     assert relative_error(found["embeddings"], right["embeddings"]) < 1e-5
-    np.testing.assert_allclose(found["surprise"][1:], right["surprise"][1:], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found["surprise"][1:], right["surprise"][1:], rtol=1e-5, atol=1e-6)
 
 
 def test_options_that_the_export_has_in_it(

@@ -57,7 +57,8 @@ def test_training_leaves_a_model_that_scores_as_the_report_says(
         validation.names, validation.paths, validation.prompts, strict=True
     ):
         right = score(model, read_pixels(path, model.config), prompt)
-        np.testing.assert_allclose(found[name], right, rtol=1e-3, atol=2e-4)
+        # Written with four decimals: half of the last is 5e-5.
+        np.testing.assert_allclose(found[name], right, rtol=0, atol=6e-5)
 
     assert run(*given, *SHORT) == 2
     assert "run exists; resume it, or choose" in capsys.readouterr().err
@@ -71,7 +72,8 @@ def test_training_leaves_a_model_that_scores_as_the_report_says(
     every = predictions(report)
     assert len(every) == 10
     for name in found:
-        np.testing.assert_allclose(every[name], found[name], rtol=1e-3, atol=2e-4)
+        # In another batch a score may round to the next of four decimals, no further.
+        np.testing.assert_allclose(every[name], found[name], rtol=0, atol=1.1e-4)
     record = json.loads((report / "metrics.json").read_text())
     assert set(record["intervals"]) == set(record["metrics"])
     assert run("mos", "evaluate", *which, "--out", report) == 2

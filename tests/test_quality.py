@@ -1,4 +1,4 @@
-"""The head and the whole model give what the original's layers give, and keep what they hold."""
+"""The whole model is its parts, from frames to scores, and comes back from its folder."""
 
 import dataclasses
 import functools
@@ -22,18 +22,16 @@ from quality import (
     tiny_quality_config,
     write_tokenizer,
 )
+from qualivision import torch_head
 from videofiles import decode_all, moving_frames, write_video
 
 import jvjepa
-from jvjepa import registry, streaming, video
+from jvjepa import streaming, video
 from jvjepa.config import ClassifierConfig, ModelConfig, PoolerConfig
 from jvjepa.errors import CheckpointError, ConfigError, InputError, VideoError
 from jvjepa.heads import Classifier
-from jvjepa.parameters import count_shapes
 from jvjepa.quality import (
-    SCORES,
     HeadConfig,
-    MOSHead,
     QualityConfig,
     QualityModel,
     frame_indices,
@@ -44,12 +42,9 @@ from jvjepa.quality import (
     save_quality,
     score,
     text_features,
-    video_feature,
 )
 from jvjepa.quality_weights import quality_shapes
-from jvjepa.text_config import TextConfig
 from jvjepa.text_weights import TextModel
-from jvjepa.typing import Params
 
 FEATURES = ("first_token", "mean", "attentive")
 
@@ -67,128 +62,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 by_feature = pytest.mark.parametrize("model", FEATURES, indirect=True)
-
-
-def torch_head(params: Params) -> torch.nn.Sequential:
-    """The original's layers, with our weights."""
-    sizes = [params[name]["kernel"].shape for name in ("fc1", "fc2", "fc3")]
-    layers = torch.nn.Sequential(
-        torch.nn.LayerNorm(sizes[0][0]),
-        torch.nn.Linear(*sizes[0]),
-        torch.nn.GELU(),
-        torch.nn.Dropout(0.1),
-        torch.nn.Linear(*sizes[1]),
-        torch.nn.GELU(),
-        torch.nn.Dropout(0.1),
-        torch.nn.Linear(*sizes[2]),
-    ).eval()
-    state = {"0.weight": params["norm"]["scale"], "0.bias": params["norm"]["bias"]}
-    for place, name in ((1, "fc1"), (4, "fc2"), (7, "fc3")):
-        state[f"{place}.weight"] = params[name]["kernel"].T
-        state[f"{place}.bias"] = params[name]["bias"]
-    layers.load_state_dict({name: torch.tensor(np.asarray(x)) for name, x in state.items()})
-    return layers
-
-
-def random_features(batch: int, widths: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
-    """Of a video, far from norm 1, and of a text, of norm 1."""
-    rng = np.random.default_rng(seed)
-    clip, text = (rng.normal(size=(batch, width)).astype(np.float32) for width in widths)
-    return [5 * clip + 1, text / np.linalg.norm(text, axis=1, keepdims=True)]
-
-
-def random_head(widths: tuple[int, int], **fields: object) -> tuple[MOSHead, Params]:
-    head = MOSHead(**fields)
-    shapes = jax.eval_shape(head.init, jax.random.key(0), *random_features(1, widths))["params"]
-    rng = np.random.default_rng(1)
-    return head, jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / leaf.shape[0] ** 0.5, jnp.float32),
-        shapes,
-    )
-
-
-# --- The head -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("widths", "hidden"), [((1408, 1024), (512, 256)), ((7, 5), (6, 4)), ((1, 9), (3, 11))]
-)
-@pytest.mark.parametrize("batch", [1, 5])
-def test_the_head_is_the_originals(
-    widths: tuple[int, int], hidden: tuple[int, int], batch: int
-) -> None:
-    head, params = random_head(widths, hidden=hidden)
-    features = random_features(batch, widths, seed=2)
-    joined = torch.from_numpy(np.concatenate(features, axis=1))
-    with torch.no_grad():
-        expected = torch_head(params)(joined).numpy()
-    found = compiled(head, params, *features)
-    assert found.dtype == jnp.float32
-    assert found.shape == (batch, len(SCORES))
-    assert relative_error(found, expected) < 1e-5
-
-
-def test_bounded_scores_are_the_same_through_a_sigmoid() -> None:
-    head, params = random_head((30, 20))
-    features = random_features(4, (30, 20))
-    free = compiled(head, params, *features)
-    bounded = compiled(dataclasses.replace(head, bounded="1-5"), params, *features)
-    np.testing.assert_allclose(bounded, 1 + 4 / (1 + np.exp(-np.asarray(free))), rtol=1e-6)
-    far = jax.tree.map(lambda leaf: leaf * 100, params)
-    extreme = compiled(dataclasses.replace(head, bounded="1-5"), far, *features)
-    assert ((extreme >= 1) & (extreme <= 5)).all()
-
-
-def test_dropout_is_of_training_alone_and_keeps_the_mean() -> None:
-    """Without fc2's kernel the last layer is linear in what is dropped out, so both are known."""
-    head, params = random_head((30, 20), dropout=0.4)
-    params["fc2"]["kernel"] = jnp.zeros_like(params["fc2"]["kernel"])
-    features = random_features(1, (30, 20))
-    exact = compiled(head, params, *features)[0]
-
-    @jax.jit
-    @jax.vmap
-    def drop(key: jax.Array) -> jax.Array:
-        how = {"deterministic": False, "rngs": {"dropout": key}}
-        return head.apply({"params": params}, *features, **how)[0]
-
-    draws = np.asarray(drop(jax.random.split(jax.random.key(0), 2000)))
-    hidden = jax.nn.gelu(params["fc2"]["bias"], approximate=False)
-    variance = np.sum((hidden[:, None] * params["fc3"]["kernel"]) ** 2, axis=0) * 0.4 / 0.6
-    np.testing.assert_allclose(draws.var(axis=0), variance, rtol=0.2)
-    assert (abs(draws.mean(axis=0) - exact) < 5 * np.sqrt(variance / len(draws))).all()
-    never = dataclasses.replace(head, dropout=0.0)
-    how = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
-    assert (compiled(never, params, *features, **how)[0] == exact).all()
-
-
-def test_bfloat16_scores_are_float32_and_close() -> None:
-    head, params = random_head((30, 20))
-    features = random_features(3, (30, 20))
-    exact = compiled(head, params, *features)
-    rounded = compiled(dataclasses.replace(head, dtype=jnp.bfloat16), params, *features)
-    assert rounded.dtype == jnp.float32
-    assert 0 < relative_error(rounded, exact) < 0.05
-
-
-def test_features_that_do_not_fit_the_head_are_refused() -> None:
-    head, params = random_head((30, 20))
-    with pytest.raises(InputError, match=r"have 51 channels; the head was made for 50"):
-        head.apply({"params": params}, *random_features(2, (31, 20)))
-    clip, text = random_features(2, (30, 20))
-    for wrong in ((clip, text[:1]), (clip[0], text[0]), (clip[None], text)):
-        with pytest.raises(InputError, match=r"must be \[B, Dv\] and \[B, Dt\]"):
-            head.apply({"params": params}, *wrong)
-
-
-def test_features_of_a_video() -> None:
-    tokens = random_video(2, 7)
-    assert (video_feature(tokens, "first_token") == tokens[:, 0]).all()
-    np.testing.assert_allclose(video_feature(tokens, "mean"), tokens.mean(axis=1), rtol=1e-5)
-    rounded = video_feature(jnp.asarray(tokens, jnp.bfloat16), "mean")
-    assert rounded.dtype == jnp.float32
-    with pytest.raises(ConfigError, match="feature = 'attentive'"):
-        video_feature(tokens, "attentive")
 
 
 # --- The whole ----------------------------------------------------------------------------------
@@ -402,29 +275,6 @@ def test_configurations_are_checked() -> None:
             HeadConfig(**changes)
     with pytest.raises(ConfigError, match=r"missing fields .*'text'"):
         QualityConfig.from_json({"encoder": {}})
-
-
-def test_sizes_of_the_original() -> None:
-    encoder = registry.get("vjepa2-vitg-fpc64-384-ssv2").config.encoder
-    counts = count_shapes(quality_shapes(QualityConfig(encoder=encoder, text=TextConfig())))
-    predictor = 22_381_312 + 0  # of V-JEPA 2, which QualiVision's checkpoints hold too
-    pooler = 1024 * 1024 + 1024  # of BERT, likewise
-    assert counts["head"] == 1_383_173
-    assert counts["encoder"] + predictor == 1_034_555_264
-    assert counts["text"] + pooler == 335_141_888
-    assert sum(counts.values()) + predictor + pooler == 1_371_080_325
-    head = MOSHead().init
-    shapes = jax.eval_shape(head, jax.random.key(0), *random_features(1, (1408, 1024)))["params"]
-    assert {name: leaf.shape for name, leaf in flatten_dict(shapes, sep="/").items()} == {
-        "norm/scale": (2432,),
-        "norm/bias": (2432,),
-        "fc1/kernel": (2432, 512),
-        "fc1/bias": (512,),
-        "fc2/kernel": (512, 256),
-        "fc2/bias": (256,),
-        "fc3/kernel": (256, 5),
-        "fc3/bias": (5,),
-    }
 
 
 # --- Putting one together -----------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """QualiVision's checkpoints, in all layouts, become models that give the original's scores."""
 
-import functools
 import re
 import shutil
 from collections.abc import Callable
@@ -10,76 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from berts import save_sentence_encoder, sentence_embeddings
+from berts import save_sentence_encoder
 from commandline import refused, run
 from models import random_video, relative_error
 from quality import PROMPTS, VOCABULARY
+from qualivision import HIDDEN, Original
 from torchfiles import rezip, saved
 from transformers import AutoTokenizer, BertModel, VJEPA2Config, VJEPA2Model
 
-from jvjepa import registry
 from jvjepa.convert import Hints, convert_quality, convert_text, is_text_source
-from jvjepa.convert.huggingface import hf_entries
-from jvjepa.convert.qualivision import (
-    DROPPED,
-    TABLE,
-    QualiVisionWeights,
-    infer,
-    open_qualivision,
-    qualivision_entries,
-)
-from jvjepa.convert.source import StoredTensor
-from jvjepa.convert.tables import expected_shapes
+from jvjepa.convert.qualivision import open_qualivision
 from jvjepa.convert.torchfile import open_torch
 from jvjepa.errors import CheckpointError, InputError
-from jvjepa.parameters import count_shapes
-from jvjepa.quality import QualityConfig, load_quality, score
-from jvjepa.quality_weights import quality_shapes
-from jvjepa.text_config import TextConfig
+from jvjepa.quality import load_quality, score
 from jvjepa.text_weights import load_text
 
 HINTS = Hints(heads=2, crop_size=32)
-HIDDEN = (16, 8)
-
-
-class Original(torch.nn.Module):
-    """Its parts under the names that the original has them; scores as its forward pass."""
-
-    def __init__(self, venc: VJEPA2Model, bert: BertModel, seed: int = 0) -> None:
-        super().__init__()
-        self.venc = venc
-        transformer = torch.nn.Module()
-        transformer.auto_model = bert
-        self.tenc = torch.nn.Sequential(transformer)
-        width = venc.config.hidden_size + bert.config.hidden_size
-        self.head = torch.nn.Module()
-        self.head.net = torch.nn.Sequential(
-            torch.nn.LayerNorm(width),
-            torch.nn.Linear(width, HIDDEN[0]),
-            torch.nn.GELU(),
-            torch.nn.Dropout(0.1),
-            torch.nn.Linear(*HIDDEN),
-            torch.nn.GELU(),
-            torch.nn.Dropout(0.1),
-            torch.nn.Linear(HIDDEN[1], 5),
-        )
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if not name.startswith("tenc."):
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
-                    norm = "norm" in name or "net.0" in name
-                    parameter.copy_(scale * noise + (norm and name.endswith("weight")))
-        self.eval()
-
-    def scores(self, video: np.ndarray, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-        """Float32 [B, 5] of [B, T, H, W, 3]."""
-        frames = torch.from_numpy(video).permute(0, 1, 4, 2, 3)
-        with torch.no_grad():
-            tokens = self.venc(pixel_values_videos=frames).last_hidden_state
-            text = sentence_embeddings(self.tenc[0].auto_model, ids, mask, "cls")
-            return self.head.net(torch.cat([tokens[:, 0], text], dim=-1)).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -341,75 +286,6 @@ def test_what_the_file_does_not_say_must_be_said(
         convert_quality(str(path), tmp_path / "out", text=str(text), hints=Hints(heads=5))
     convert_quality(str(path), tmp_path / "out", text=str(text), hints=Hints(heads=2))
     assert load_quality(tmp_path / "out").config.crop_size == 384
-
-
-# --- The original's size ------------------------------------------------------------------------
-
-
-@functools.cache
-def released_shapes() -> dict[str, tuple[int, ...]]:
-    """Every tensor of Hugging Face's ViT-g, which the original's state dict has after "venc."."""
-    config = registry.get("vjepa2-vitg-fpc64-384").config
-    return dict(expected_shapes(hf_entries(config)))
-
-
-def frozen_by_the_originals_rule(name: str, ratio: float = 0.85) -> bool:
-    layers = [re.search(r"encoder\.layer\.(\d+)", other) for other in released_shapes()]
-    cutoff = int((1 + max(int(layer[1]) for layer in layers if layer)) * ratio)
-    layer = re.search(r"encoder\.layer\.(\d+)", name)
-    if "embeddings" in name or "pooler" in name:
-        return True
-    return layer is not None and int(layer[1]) < cutoff
-
-
-def test_the_released_encoder_has_the_originals_tensors() -> None:
-    """549 and 294 tensors, and their elements, are what the original prints of its freezing."""
-    shapes = released_shapes()
-    frozen = [name for name in shapes if frozen_by_the_originals_rule(name)]
-    trained = [name for name in shapes if name not in frozen]
-    assert (len(frozen), len(trained)) == (549, 294)
-
-    def count(names: list[str]) -> int:
-        return sum(int(np.prod(shapes[name])) for name in names)
-
-    assert count(frozen) == 861_214_976
-    assert count(trained) == 173_340_288
-    blocks = [name for name in trained if name.startswith("encoder.layer.")]
-    assert count(blocks) == 151_501_056
-    assert count(["encoder.layernorm.weight", "encoder.layernorm.bias"]) == 2_816
-    assert count([name for name in trained if name.startswith("predictor.")]) == 21_836_416
-
-
-def test_every_tensor_of_the_original_is_used_or_dropped() -> None:
-    named = {re.sub(r"\.layer\.\d+\.", ".layer.{i}.", f"venc.{name}") for name in released_shapes()}
-    used = {row.theirs for row in TABLE if row.theirs.startswith("venc.")}
-    assert used | {name for name in DROPPED if name.startswith("venc.")} == named
-    assert not used & DROPPED.keys()
-
-
-def original_config() -> QualityConfig:
-    encoder = registry.get("vjepa2-vitg-fpc64-384-ssv2").config.encoder
-    return QualityConfig(encoder=encoder, text=TextConfig())
-
-
-def test_the_originals_architecture_follows_from_its_shapes() -> None:
-    config, path = original_config(), Path("vjepa_best.pt")
-    wanted = expected_shapes(qualivision_entries(config))
-    tensors = {
-        name: StoredTensor(path=path, shape=shape, dtype="F32") for name, shape in wanted.items()
-    }
-    weights = QualiVisionWeights(
-        tensors=tensors, dropped={}, key="", has_text=True, _places={}, _file=None
-    )
-    assert infer(path, weights, TextConfig(), Hints()) == config
-    assert wanted["venc.encoder.embeddings.patch_embeddings.proj.weight"] == (1408, 3, 2, 16, 16)
-    assert wanted["venc.encoder.layer.39.mlp.fc1.weight"] == (6144, 1408)
-    assert wanted["head.net.1.weight"] == (512, 2432)
-
-
-def test_effective_parameters_of_the_original() -> None:
-    counts = count_shapes(quality_shapes(original_config()))
-    assert 151_501_056 + 2_816 + counts["head"] == 152_887_045
 
 
 # --- The command --------------------------------------------------------------------------------
