@@ -86,14 +86,13 @@ def expected(student: Any, teacher: Any, weights: RegressionConfig) -> float:
     total = 0.0
     pairs = [np.asarray(x, np.float64) for x in (student, teacher)]
     pooled = [x.reshape(len(x), 4, -1, x.shape[-1]).mean(2) for x in pairs]
-    counts = np.array([0.4, 0.8, 1.2, 1.6] if weights.weighting == "past" else [1.0] * 4)
     for weight, (x, y) in ((weights.token, pairs), (weights.pooled, pooled)):
         x, y = norm(x), norm(y)
         difference = np.abs(x - y)
         smooth = np.where(difference < 1, difference**2 / 2, difference - 0.5).mean(-1)
         cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
-        error = (smooth + weights.cosine * (1 - cosine)).reshape(len(x), 4, -1)
-        total += weight * (error * counts[:, None]).mean()
+        error = (smooth + weights.cosine * (1 - cosine)).reshape(len(x), 4, -1).mean((0, 2))
+        total += weight * (np.log(error) if weights.weighting == "relative" else error).mean()
     return total
 
 
@@ -102,7 +101,7 @@ def expected(student: Any, teacher: Any, weights: RegressionConfig) -> float:
     [
         RegressionConfig(),
         RegressionConfig(token=0.0, cosine=0.3),
-        RegressionConfig(pooled=0.0, weighting="past"),
+        RegressionConfig(pooled=0.0, weighting="relative"),
     ],
 )
 def test_the_loss_is_that_of_the_causal_student(

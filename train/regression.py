@@ -12,7 +12,8 @@ from jvjepa.layers import normalize
 from jvjepa.train.losses import NORM_EPS, feature_regression
 from jvjepa.typing import Array
 
-Weighting = Literal["uniform", "past"]
+Weighting = Literal["uniform", "relative"]
+_TINY = 1e-6  # errors below it do not count any more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,11 @@ class RegressionConfig:
         token: weight of the loss of single tokens.
         pooled: weight of the loss of the mean token of each tubelet, which is what a stream gives.
         cosine: weight of the cosine distance in both, beside the smooth L1.
-        weighting: of the tubelets of a clip: "uniform", or by what a causal student has seen of the
-            clip, "past": tubelet i of t counts (i + 1) · 2 / (t + 1). The first ones cannot know
-            what their teacher has seen, and have the largest errors.
+        weighting: of the tubelets of a clip: "uniform", or "relative": the loss is the mean of
+            the logarithms of their errors: what counts is the share of its own error that each
+            loses. The first tubelets of a causal student cannot know what their teacher has seen,
+            and their errors, which stay, drown the small ones of the last tubelets otherwise. The
+            errors are means over the clips seen together: with `accumulate`, a part of the batch.
 
     Raises:
         ConfigError: a weight is negative, or there is no loss, or no such weighting.
@@ -63,10 +66,6 @@ def regression_loss(
     Returns:
         The loss, float32 [], and the errors that it is made of, means over all tubelets alike.
     """
-    if config.weighting == "past":
-        weights = jnp.arange(1, tubelets + 1, dtype=jnp.float32) * (2 / (tubelets + 1))
-    else:
-        weights = jnp.ones(tubelets, jnp.float32)
 
     def by_tubelet(x: Array) -> Array:
         return rearrange(x, "b (t s) d -> t b s d", t=tubelets)
@@ -78,7 +77,10 @@ def regression_loss(
         ("pooled", config.pooled, pooled),
     ):
         l1, distance = jax.vmap(feature_regression)(*map(by_tubelet, pair))  # [t]
-        total += weight * jnp.mean(weights * (l1 + config.cosine * distance))
+        errors = l1 + config.cosine * distance
+        if config.weighting == "relative":
+            errors = jnp.log(errors + _TINY)
+        total += weight * jnp.mean(errors)
         parts |= {f"{name}_l1": jnp.mean(l1), f"{name}_cosine": 1 - jnp.mean(distance)}
     return total, parts
 
