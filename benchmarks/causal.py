@@ -89,7 +89,7 @@ class Sizes:
     training: int = 16384
     test: int = 2048
     teacher_steps: int = 4000
-    causal_steps: int = 2000  # of the adapters, and of all weights
+    causal_steps: int = 1500  # of the adapters, and of all weights
     classifier_steps: int = 1500
 
 

@@ -245,6 +245,19 @@ def test_when_process_0_dies_the_others_end_too(root: Path, toy: list[float]) ->
     assert losses(root / "headless") == pytest.approx(toy, rel=TOLERANCE)
 
 
+@pytest.mark.slow
+def test_a_full_disk_of_one_process_ends_all(root: Path, toy: list[float]) -> None:
+    run = run_of("toy", root / "full", root, steps=8, full=[1, 4])
+    (other, _), (code, error) = pair([run], devices=1)
+    assert code == 2, error
+    # What it is told of depends on whether step 2 was still being written.
+    message = r"process 1: error: .*: step [24] was not saved, .*File too large.*\n"
+    assert re.fullmatch(message, error), error
+    assert other in (2, -signal.SIGABRT)  # which of the two is a matter of what JAX meets first
+    assert [code for code, _ in pair([{**run, "full": None, "resume": True}])] == [0, 0]
+    assert losses(root / "full") == pytest.approx(toy, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_processes_that_never_come(process: int) -> None:
     where = f"localhost:{free_port()}"

@@ -6,10 +6,13 @@ end `jvjepa train`.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
+import resource
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,7 @@ def run(
     mesh: dict[str, int] | None = None,
     resume: bool = False,
     signals: dict[str, list[int]] | None = None,
+    full: list[int] | None = None,
 ) -> None:
     """Trains.
 
@@ -112,37 +116,49 @@ def run(
         mesh: fields of `MeshConfig`.
         resume: see `train`.
         signals: what a process does to itself, [signal, before which step], by its number.
+        full: [process, before which step its disk is full].
     """
     made = make_task(task, Path(videos), steps)
-    if signals and str(jax.process_index()) in signals:
-        made = dataclasses.replace(made, feed=_striking(made, *signals[str(jax.process_index())]))
+    index = jax.process_index()
+    if signals and str(index) in signals:
+        number, at = signals[str(index)]
+        strike = functools.partial(os.kill, os.getpid(), number)
+        made = dataclasses.replace(made, feed=_doing(made, at, strike))
+    if full and full[0] == index:
+        made = dataclasses.replace(made, feed=_doing(made, full[1], _fill))
     config = LoopConfig(
         steps=steps, save_every=save_every, log_every=log_every, mesh=MeshConfig(**(mesh or {}))
     )
     state = whole(train(made, config, folder, resume=resume))
-    if jax.process_index() == 0:
+    if index == 0:
         np.savez(Path(folder) / "trained.npz", **flat(state.trained))
         if task == "lora":
             adapters = trained_adapters(lora_model(), LORA, made, state)
             save_adapters(Path(folder) / "adapters", adapters)
 
 
-def _striking(task: Task, number: int, at: int) -> Feed:
-    """The feed of the task, which sends this process a signal before it gives a step's batch."""
+def _doing(task: Task, at: int, act: Callable[[], None]) -> Feed:
+    """The feed of the task, which does something before it gives a step's batch."""
 
     @contextlib.contextmanager
     def feed(step: int, index: int, count: int) -> Iterator[Iterator[Any]]:
         with task.feed(step, index, count) as batches:
 
-            def struck() -> Iterator[Any]:
+            def acting() -> Iterator[Any]:
                 for current, batch in enumerate(batches, start=step + 1):
                     if current == at:
-                        os.kill(os.getpid(), number)
+                        act()
                     yield batch
 
-            yield struck()
+            yield acting()
 
     return feed
+
+
+def _fill() -> None:
+    """No file of this process can grow any more, as if the disk were full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ import json
 import logging
 import math
 import shutil
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ PyTree = Any
 
 _STATE, _CONTENTS = "state", "contents"  # what is stored of a step
 _REMOVED = ".removed"  # where old steps go in one move, to be deleted there
+_LOOK = 1.0  # seconds after which a process of several looks whether its save has failed
 _SEEDS = (0x9E3779B9, 0xC2B2AE3D)
 _NOT_WRITTEN = (OSError, ValueError, jax.errors.JaxRuntimeError)  # tensorstore has ValueErrors
 _UNREADABLE = (OSError, ValueError, KeyError, AttributeError)
@@ -142,7 +145,8 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} is no folder of checkpoints")
         self._keep, self._best, self._read_only = keep, best, read_only
         self._saving: int | None = None
-        logging.getLogger("absl").addFilter(_is_no_failure)  # stays: threads may fail later still
+        self._log = _Log()
+        logging.getLogger("absl").addFilter(self._log)  # stays: threads may fail later still
         self._manager: ocp.CheckpointManager | None = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -254,11 +258,33 @@ class Checkpoints:
         if self._saving is None:
             return
         try:
-            self._manager.wait_until_finished()
+            self._wait_for_orbax()
         except _NOT_WRITTEN as error:
             raise self._failure(self._saving, error) from error
         self._saving = None
         self._sweep()
+
+    def _wait_for_orbax(self) -> None:
+        if jax.process_count() == 1:
+            self._manager.wait_until_finished()
+            return
+        # Where one of several processes cannot write, orbax waits there for the others, and in the
+        # others for that one. It has logged the reason before.
+        outcome: Future[None] = Future()
+
+        def finish(manager: ocp.CheckpointManager) -> None:
+            try:
+                manager.wait_until_finished()
+            except BaseException as error:  # for the thread that waits
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(None)
+
+        threading.Thread(target=finish, args=(self._manager,), daemon=True).start()
+        while not wait([outcome], timeout=_LOOK).done:
+            if self._log.failure is not None:
+                raise self._log.failure
+        outcome.result()
 
     def close(self) -> None:
         """Waits, and ends the threads that save.
@@ -274,8 +300,9 @@ class Checkpoints:
     def _failure(self, step: int, error: Exception) -> CheckpointError:
         """What to raise where a step was not saved; another save begins with a manager anew."""
         manager, self._manager, self._saving = self._manager, None, None
-        with contextlib.suppress(*_NOT_WRITTEN):  # it says the same again
-            manager.close()
+        if jax.process_count() == 1:  # it would wait for the others
+            with contextlib.suppress(*_NOT_WRITTEN):  # it says the same again
+                manager.close()
         last = self.latest
         whole = "no step is whole" if last is None else f"the last whole one is step {last}"
         return CheckpointError(f"{self.folder}: step {step} was not saved, {whole}: {_line(error)}")
@@ -376,10 +403,25 @@ class Checkpoints:
         return CheckpointError(f"{self.folder / str(step)} is damaged, remove it; {rest}: {what}")
 
 
-def _is_no_failure(record: logging.LogRecord) -> bool:
-    """Lets no traceback of a save through, which orbax logs several times before it raises it."""
-    failure = record.exc_info is not None or "raised an exception" in record.getMessage()
-    return not (failure and record.levelno >= logging.ERROR and "orbax" in record.pathname)
+class _Log(logging.Filter):
+    """Lets no traceback of a save through, which orbax logs several times before it raises it.
+
+    Attributes:
+        failure: the last of them, or None.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: BaseException | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is to be logged."""
+        failed = record.exc_info is not None or "raised an exception" in record.getMessage()
+        if not (failed and record.levelno >= logging.ERROR and "orbax" in record.pathname):
+            return True
+        if record.exc_info is not None:
+            self.failure = record.exc_info[1]
+        return False
 
 
 def _contents(
