@@ -1,6 +1,6 @@
 """Shows what running causally costs an encoder, and what adapters repair of it, on a CPU.
 
-    python benchmarks/causal.py               # three seeds; two at a time take 50 minutes
+    python benchmarks/causal.py               # three seeds, an hour on two idle cores
     python benchmarks/causal.py --quick       # minutes, and numbers that mean nothing
 
 What a seed has left in OUT already is used again: several seeds can run at the same time, as
@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import shutil
 import statistics
 import sys
@@ -197,12 +196,6 @@ def run_seed(
         head = run(task, sizes.classifier_steps, f"classifier-{name}").trained
         found[name] = measure(*encoder)
         found[name]["own_accuracy"] = measure.accuracy(tokens["test"], head)
-    lost = {name: found["whole"][name] - found["causal"][name] for name in found["whole"]}
-    for name in ("adapted", "retrained"):
-        found[f"recovered_{name}"] = {
-            key: (found[name][key] - found["causal"][key]) / loss if loss else math.nan
-            for key, loss in lost.items()
-        }
     return {**found, "curve": curve, "every": max(1, steps // 10), "seconds": watch.laps}
 
 
@@ -373,9 +366,16 @@ class Stopwatch:
 def make_table(results: list[dict[str, Any]]) -> str:
     """Means over seeds, with the smallest and largest."""
 
-    def cell(row: str, name: str) -> str:
-        values = [100 * result[row][name] for result in results]
+    def cell(values: list[float]) -> str:
+        values = [100 * value for value in values]
         return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+    def recovered(row: str, name: str) -> str:
+        lost = [result["whole"][name] - result["causal"][name] for result in results]
+        if min(lost) <= 0:
+            return "not with every seed is any lost"
+        back = [result[row][name] - result["causal"][name] for result in results]
+        return cell([x / loss for x, loss in zip(back, lost, strict=True)])
 
     columns = {
         "own_accuracy": "accuracy, a classifier of its own",
@@ -385,8 +385,8 @@ def make_table(results: list[dict[str, Any]]) -> str:
         f"tubelet_{TUBELETS - 1}": "of the last one's",
     }
     shares = {
-        "recovered_adapted": "share of the loss that adapters recover",
-        "recovered_retrained": "share that all weights recover",
+        "adapted": "share of the loss that adapters recover",
+        "retrained": "share that all weights recover",
     }
     lines = [
         f"Percent, means of {len(results)} seeds, smallest and largest in brackets; "
@@ -395,8 +395,11 @@ def make_table(results: list[dict[str, Any]]) -> str:
         f"| encoder | {' | '.join(columns.values())} |",
         "|---" * (1 + len(columns)) + "|",
     ]
-    for row, text in {**ROWS, **shares}.items():
-        lines.append(f"| {text} | {' | '.join(cell(row, name) for name in columns)} |")
+    for row, text in ROWS.items():
+        cells = [cell([result[row][name] for result in results]) for name in columns]
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    for row, text in shares.items():
+        lines.append(f"| {text} | {' | '.join(recovered(row, name) for name in columns)} |")
     return "\n".join(lines) + "\n"
 
 
