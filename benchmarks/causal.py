@@ -3,8 +3,8 @@
     python benchmarks/causal.py               # three seeds, an hour on two idle cores
     python benchmarks/causal.py --quick       # minutes, and numbers that mean nothing
 
-What a seed has left in OUT already is used again: several seeds can run at the same time, as
-processes of their own, and `--seeds 0 1 2` at the end writes the table of all.
+Videos and results of a seed that are in OUT already are used again: several seeds can run at the
+same time, as processes of their own, and `--seeds 0 1 2` at the end writes the table of all.
 
 For every seed: videos of a shape that moves in one of eight directions (H.264 files, other ones to
 learn from than to measure on), sampled at twice their rate, so that every tubelet holds one still
@@ -141,7 +141,7 @@ def run_seed(
     watch.lap("videos")
 
     def run(task: Task, steps: int, name: str, **more: Any) -> State:
-        loop = LoopConfig(steps=steps, seed=seed, log_every=50, save_every=max(1, steps // 10))
+        loop = LoopConfig(steps=steps, seed=seed, log_every=50, save_every=tenth(steps))
         shutil.rmtree(folder / name, ignore_errors=True)
         state = train(dataclasses.replace(task, **more), loop, folder / name, console=console)
         watch.lap(name)
@@ -153,7 +153,7 @@ def run_seed(
         num_layers=1,
         num_heads=3,
     )
-    model = with_classifier(_random_model(seed), options, sets["training"], seed)
+    model = with_classifier(random_model(seed), options, sets["training"], seed)
     untrained = model.params["classifier"]
     task = finetune_task(model, options, sets["training"], steps=sizes.teacher_steps)
     model = finetuned(model, task, run(task, sizes.teacher_steps, "teacher", feed=clips))
@@ -196,7 +196,12 @@ def run_seed(
         head = run(task, sizes.classifier_steps, f"classifier-{name}").trained
         found[name] = measure(*encoder)
         found[name]["own_accuracy"] = measure.accuracy(tokens["test"], head)
-    return {**found, "curve": curve, "every": max(1, steps // 10), "seconds": watch.laps}
+    return {**found, "curve": curve, "every": tenth(steps), "seconds": watch.laps}
+
+
+def tenth(steps: int) -> int:
+    """A tenth of the steps, one at least."""
+    return max(1, steps // 10)
 
 
 def schedule(rate: float, steps: int, weight_decay: float = 0.0) -> OptimizerConfig:
@@ -252,7 +257,8 @@ def classifier_task(model: Model, untrained: Params, given: Feed, steps: int) ->
     )
 
 
-def _random_model(seed: int) -> Model:
+def random_model(seed: int) -> Model:
+    """An encoder with random weights."""
     config = ModelConfig(encoder=ENCODER)
     params = random_params(config, seed, WIDER)
     return Model(config=config, encoder=Encoder(ENCODER), params=params, source=None)
@@ -366,16 +372,12 @@ class Stopwatch:
 def make_table(results: list[dict[str, Any]]) -> str:
     """Means over seeds, with the smallest and largest."""
 
-    def cell(values: list[float]) -> str:
-        values = [100 * value for value in values]
-        return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
     def recovered(row: str, name: str) -> str:
         lost = [result["whole"][name] - result["causal"][name] for result in results]
         if min(lost) <= 0:
             return "not with every seed is any lost"
         back = [result[row][name] - result["causal"][name] for result in results]
-        return cell([x / loss for x, loss in zip(back, lost, strict=True)])
+        return percent([x / loss for x, loss in zip(back, lost, strict=True)])
 
     columns = {
         "own_accuracy": "accuracy, a classifier of its own",
@@ -396,11 +398,17 @@ def make_table(results: list[dict[str, Any]]) -> str:
         "|---" * (1 + len(columns)) + "|",
     ]
     for row, text in ROWS.items():
-        cells = [cell([result[row][name] for result in results]) for name in columns]
+        cells = [percent([result[row][name] for result in results]) for name in columns]
         lines.append(f"| {text} | {' | '.join(cells)} |")
     for row, text in shares.items():
         lines.append(f"| {text} | {' | '.join(recovered(row, name) for name in columns)} |")
     return "\n".join(lines) + "\n"
+
+
+def percent(values: list[float]) -> str:
+    """Writes the mean of what seeds gave, with the smallest and largest."""
+    values = [100 * value for value in values]
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:

@@ -16,7 +16,6 @@ numbers, and the course of each run.
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from causal import BATCH, Stopwatch, decode, feed, random_params
+from causal import BATCH, Stopwatch, decode, feed, percent, random_params
 from machine import describe
 from numpy.typing import NDArray
 from rich.console import Console
@@ -256,8 +255,7 @@ def make_table(results: list[dict[str, Any]]) -> str:
     seeds = [compared(result["encoders"]) for result in results]
 
     def cell(name: str, probe: str) -> str:
-        values = [100 * seed[name][probe] for seed in seeds]
-        return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+        return percent([seed[name][probe] for seed in seeds])
 
     lines = [
         f"Percent of the test set, means of {len(results)} seeds, smallest and largest in "

@@ -35,7 +35,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.fixture(scope="module")
 def model(manifest: Manifest) -> Model:
     options = FinetuneConfig(data=DATA, num_layers=1, num_heads=3)
-    return with_classifier(causal._random_model(0), options, manifest, 0)
+    return with_classifier(causal.random_model(0), options, manifest, 0)
 
 
 def test_a_tubelet_is_a_still_picture_and_the_clip_moves(manifest: Manifest) -> None:

@@ -247,8 +247,9 @@ def test_when_process_0_dies_the_others_end_too(root: Path, toy: list[float]) ->
 
 @pytest.mark.slow
 def test_a_full_disk_of_one_process_ends_all(root: Path, toy: list[float]) -> None:
+    before = run_of("toy", root / "before", root, steps=4)  # its checkpoints must not be in the way
     run = run_of("toy", root / "full", root, steps=8, full=[1, 4])
-    (other, _), (code, error) = pair([run], devices=1)
+    (other, _), (code, error) = pair([before, run], devices=1)
     assert code == 2, error
     # What it is told of depends on whether step 2 was still being written.
     message = r"process 1: error: .*: step [24] was not saved, .*File too large.*\n"

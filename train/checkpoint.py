@@ -15,9 +15,8 @@ import json
 import logging
 import math
 import shutil
-import threading
+import time
 from collections.abc import Mapping
-from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ PyTree = Any
 
 _STATE, _CONTENTS = "state", "contents"  # what is stored of a step
 _REMOVED = ".removed"  # where old steps go in one move, to be deleted there
-_LOOK = 1.0  # seconds after which a process of several looks whether its save has failed
+_LOOK = 0.1  # seconds after which a process of several looks whether its save has failed
 _SEEDS = (0x9E3779B9, 0xC2B2AE3D)
 _NOT_WRITTEN = (OSError, ValueError, jax.errors.JaxRuntimeError)  # tensorstore has ValueErrors
 _UNREADABLE = (OSError, ValueError, KeyError, AttributeError)
@@ -145,8 +144,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} is no folder of checkpoints")
         self._keep, self._best, self._read_only = keep, best, read_only
         self._saving: int | None = None
-        self._log = _Log()
-        logging.getLogger("absl").addFilter(self._log)  # stays: threads may fail later still
+        logging.getLogger("absl").addFilter(_failures)  # stays: threads may fail later still
         self._manager: ocp.CheckpointManager | None = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -233,6 +231,7 @@ class Checkpoints:
         contents = _contents(arrays, record, measured)
         if self._manager is None:
             self._manager = self._open()
+        _failures.last = None
         try:
             self._manager.save(
                 step,
@@ -265,26 +264,13 @@ class Checkpoints:
         self._sweep()
 
     def _wait_for_orbax(self) -> None:
-        if jax.process_count() == 1:
-            self._manager.wait_until_finished()
-            return
         # Where one of several processes cannot write, orbax waits there for the others, and in the
         # others for that one. It has logged the reason before.
-        outcome: Future[None] = Future()
-
-        def finish(manager: ocp.CheckpointManager) -> None:
-            try:
-                manager.wait_until_finished()
-            except BaseException as error:  # for the thread that waits
-                outcome.set_exception(error)
-            else:
-                outcome.set_result(None)
-
-        threading.Thread(target=finish, args=(self._manager,), daemon=True).start()
-        while not wait([outcome], timeout=_LOOK).done:
-            if self._log.failure is not None:
-                raise self._log.failure
-        outcome.result()
+        while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+            if _failures.last is not None:
+                raise _failures.last
+            time.sleep(_LOOK)
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and ends the threads that save.
@@ -403,16 +389,14 @@ class Checkpoints:
         return CheckpointError(f"{self.folder / str(step)} is damaged, remove it; {rest}: {what}")
 
 
-class _Log(logging.Filter):
+class _Failures(logging.Filter):
     """Lets no traceback of a save through, which orbax logs several times before it raises it.
 
     Attributes:
-        failure: the last of them, or None.
+        last: of them, or None.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.failure: BaseException | None = None
+    last: BaseException | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is to be logged."""
@@ -420,8 +404,11 @@ class _Log(logging.Filter):
         if not (failed and record.levelno >= logging.ERROR and "orbax" in record.pathname):
             return True
         if record.exc_info is not None:
-            self.failure = record.exc_info[1]
+            self.last = record.exc_info[1]
         return False
+
+
+_failures = _Failures()  # one: of several filters the first would keep what it saw from the others
 
 
 def _contents(
