@@ -22,7 +22,7 @@ from jvjepa.train.loop import LoopConfig, begin, best_state, make_step, train
 from jvjepa.train.manifest import Manifest, read_manifest
 from jvjepa.train.metrics import read
 from jvjepa.train.optimizer import OptimizerConfig
-from jvjepa.train.regression import RegressionConfig
+from jvjepa.train.regression import RegressionConfig, fidelity
 from jvjepa.train.synthetic import SyntheticConfig, write_videos
 from jvjepa.weights import Model
 
@@ -83,15 +83,15 @@ def norm(x: np.ndarray) -> np.ndarray:
 
 def expected(student: Any, teacher: Any, weights: RegressionConfig) -> float:
     """The loss of tokens [B, N, D], in float64."""
-    total = 0.0
+    total, tubelets = 0.0, student.shape[1] // 4
     pairs = [np.asarray(x, np.float64) for x in (student, teacher)]
-    pooled = [x.reshape(len(x), 4, -1, x.shape[-1]).mean(2) for x in pairs]
+    pooled = [x.reshape(len(x), tubelets, -1, x.shape[-1]).mean(2) for x in pairs]
     for weight, (x, y) in ((weights.token, pairs), (weights.pooled, pooled)):
         x, y = norm(x), norm(y)
         difference = np.abs(x - y)
         smooth = np.where(difference < 1, difference**2 / 2, difference - 0.5).mean(-1)
         cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
-        error = (smooth + weights.cosine * (1 - cosine)).reshape(len(x), 4, -1).mean((0, 2))
+        error = (smooth + weights.cosine * (1 - cosine)).reshape(len(x), tubelets, -1).mean((0, 2))
         total += weight * (np.log(error) if weights.weighting == "relative" else error).mean()
     return total
 
@@ -114,6 +114,17 @@ def test_the_loss_is_that_of_the_causal_student(
     teacher = model.encoder.apply(params, video)
     student = model.encoder.apply(params, video, window=3)  # adapters change nothing yet
     assert metrics["loss"] == pytest.approx(expected(student, teacher, weights), rel=1e-5)
+
+
+def test_the_student_alone_sees_the_past(model: Model, manifest: Manifest) -> None:
+    metrics = first_loss(causal_lora_task(model, config(past=1), manifest, steps=5))
+    video = normalise(jnp.asarray(batch().video))
+    params = {"params": model.params["encoder"]}
+    teacher = model.encoder.apply(params, video[:, 2:])
+    student = model.encoder.apply(params, video, window=3)[:, 4:]
+    assert metrics["loss"] == pytest.approx(
+        expected(student, teacher, RegressionConfig()), rel=1e-5
+    )
 
 
 def test_at_the_start_the_student_is_the_stream(model: Model, manifest: Manifest) -> None:
@@ -236,6 +247,19 @@ def test_the_validation_is_the_mean_over_all_clips(model: Model, manifest: Manif
         assert 0 < value < 1
 
 
+def test_the_validation_leaves_the_past_out(model: Model, manifest: Manifest) -> None:
+    options = config(past=1, data=DataConfig(clip=CLIP, batch_size=8))
+    task = causal_lora_task(model, options, manifest, manifest, steps=5)
+    found = task.evaluate(jax.device_put(task.trained, _everywhere()), {}, task.frozen)
+    with options.data.evaluate(manifest) as batches:
+        video = normalise(jnp.asarray(next(batches).video))
+    params = {"params": model.params["encoder"]}
+    student = model.encoder.apply(params, video, window=3)[:, 4:]
+    teacher = model.encoder.apply(params, video[:, 2:])
+    for name, value in fidelity(student, teacher, 3).items():
+        assert found[f"validation/{name}"] == pytest.approx(float(jnp.mean(value)), abs=1e-5)
+
+
 def _everywhere() -> Any:
     from jvjepa.train.mesh import MeshConfig, make_mesh, replicated
 
@@ -257,6 +281,11 @@ def test_what_cannot_be_trained(model: Model, manifest: Manifest) -> None:
     short = config(data=DataConfig(clip=dataclasses.replace(CLIP, num_frames=2), batch_size=4))
     with pytest.raises(ConfigError, match=r"num_frames = 2; it must be a multiple of 2, and 4"):
         causal_lora_task(model, short, manifest, steps=5)
+    with pytest.raises(ConfigError, match=r"past = -1; it must be 0 tubelets or more"):
+        config(past=-1)
+    message = r"num_frames = 8; it must be a multiple of 2, and 10 or more, with past = 3"
+    with pytest.raises(ConfigError, match=message):
+        causal_lora_task(model, config(past=3), manifest, steps=5)
     areas = dataclasses.replace(model.config.encoder, area_layers=(0, 2))
     cut = dataclasses.replace(model, encoder=Encoder(areas))
     with pytest.raises(ConfigError, match=r"areas over time, with which it cannot stream"):

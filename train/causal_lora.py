@@ -4,7 +4,7 @@ The released encoders were trained to see a whole clip. Run causally, as `jvjepa
 their tokens are others than those that the clip would have given, and the deeper the layer the
 more. The student is the causal encoder with adapters, the teacher the same frozen encoder over the
 whole clip; the student learns to give, from what was before, the features that the teacher gives
-knowing what comes.
+knowing what comes. What was before may begin before the teacher's clip, as it does in a stream.
 """
 
 import dataclasses
@@ -36,8 +36,10 @@ class CausalLoraConfig:
     Args:
         lora: which layers get adapters, and of what kind.
         optimizer: how they change; group patterns see "encoder/blocks/attention/query/a".
-        data: what they learn from; a clip is encoded whole by the teacher.
+        data: what they learn from; a clip is encoded whole by the teacher, but for its past.
         window: tubelets that a token of the student sees, as in the stream that it is for.
+        past: tubelets at the beginning of each clip that the student alone sees, and that are not
+            compared: it has run for a while then, as a stream has.
         loss: what counts, and how much.
         quantize: hold the frozen weights in few bits (QLoRA): a scheme of
             `jvjepa.quantization.quantize` that needs no ranges, or None.
@@ -56,6 +58,7 @@ class CausalLoraConfig:
     )
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     window: int = 8
+    past: int = 0
     loss: RegressionConfig = dataclasses.field(default_factory=RegressionConfig)
     quantize: Scheme | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -65,6 +68,8 @@ class CausalLoraConfig:
         """Checks every field of its own."""
         if type(self.window) is not int or self.window < 1:
             raise ConfigError(f"window = {self.window!r}; it must be 1 tubelet or more")
+        if type(self.past) is not int or self.past < 0:
+            raise ConfigError(f"past = {self.past!r}; it must be 0 tubelets or more")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype = {self.dtype!r}; it must be one of {list(DTYPES)}")
 
@@ -101,7 +106,8 @@ def causal_lora_task(
     base = base_sha256(params, trained)
     if config.quantize is not None:
         params = quantize(params, config.quantize)
-    tokens = config.data.clip.num_tokens(encoder.config)
+    tubelets, rows, columns = config.data.clip.grid(encoder.config)
+    of_student, of_teacher = (n * rows * columns for n in (tubelets, tubelets - config.past))
     evaluate, best = None, None
     if validation is not None:
         evaluate = mean_over(_nearness(encoder, config), config.data, validation)
@@ -117,17 +123,19 @@ def causal_lora_task(
         feed=config.data.feed(manifest),
         evaluate=evaluate,
         best=best,
-        flops=3 * forward_flops(encoder.config, tokens, tokens),  # teacher, student, its gradient
+        flops=forward_flops(encoder.config, of_teacher, of_teacher)
+        + 2 * forward_flops(encoder.config, of_student, of_student),  # and of its gradient
         dtype=encoder.dtype,
     )
 
 
 def _check(config: CausalLoraConfig, model: Model) -> None:
     tubelet = model.config.encoder.tubelet_size
-    frames = config.data.clip.num_frames
-    if frames % tubelet or frames < 2 * tubelet:
+    frames, least = config.data.clip.num_frames, (config.past + 2) * tubelet
+    if frames % tubelet or frames < least:
+        after = f", with past = {config.past}" if config.past else ""
         raise ConfigError(
-            f"num_frames = {frames}; it must be a multiple of {tubelet}, and {2 * tubelet} or more"
+            f"num_frames = {frames}; it must be a multiple of {tubelet}, and {least} or more{after}"
         )
     if model.encoder.config.has_areas and model.encoder.config.area_temporal_splits > 1:
         raise ConfigError("the encoder has areas over time, with which it cannot stream")
@@ -140,10 +148,8 @@ def make_loss(encoder: Encoder, config: CausalLoraConfig) -> Loss:
     def loss(
         trained: Params, carried: Params, frozen: Params, batch: Batch, step: Array, key: Array
     ) -> tuple[Array, dict[str, Array]]:
-        video = normalise(batch.video, encoder.dtype)
         rngs = {"dropout": key} if dropout else None
-        student, teacher = _features(encoder, config.window, trained, frozen, video, rngs)
-        tubelets = video.shape[1] // encoder.config.tubelet_size
+        student, teacher, tubelets = _features(encoder, config, trained, frozen, batch, rngs)
         return regression_loss(config.loss, student, teacher, tubelets)
 
     return loss
@@ -151,26 +157,27 @@ def make_loss(encoder: Encoder, config: CausalLoraConfig) -> Loss:
 
 def _features(
     encoder: Encoder,
-    window: int,
+    config: CausalLoraConfig,
     trained: Params,
     frozen: Params,
-    video: Array,
+    batch: Batch,
     rngs: dict[str, Array] | None = None,
-) -> tuple[Array, Array]:
-    """Tokens of the student and of the teacher, [B, N, D] each."""
+) -> tuple[Array, Array, int]:
+    """Tokens [B, n, D] of the student and of the teacher, and of how many tubelets they are."""
+    video = normalise(batch.video, encoder.dtype)
     base, lora = frozen["base"]["encoder"], join(trained, frozen["constants"])["encoder"]
-    teacher = encoder.apply({"params": base}, video)
-    student = encoder.apply(variables(base, lora), video, window=window, rngs=rngs)
-    return student, jax.lax.stop_gradient(teacher)
+    student = encoder.apply(variables(base, lora), video, window=config.window, rngs=rngs)
+    tubelets = video.shape[1] // encoder.config.tubelet_size
+    student = student[:, config.past * (student.shape[1] // tubelets) :]
+    teacher = encoder.apply({"params": base}, video[:, config.past * encoder.config.tubelet_size :])
+    return student, jax.lax.stop_gradient(teacher), tubelets - config.past
 
 
 def _nearness(encoder: Encoder, config: CausalLoraConfig) -> Metrics:
     """Builds the metrics of a validation: how near the student is to the teacher."""
 
     def near(trained: Params, frozen: Params, batch: Batch) -> dict[str, Array]:
-        video = normalise(batch.video, encoder.dtype)
-        features = _features(encoder, config.window, trained, frozen, video)
-        values = fidelity(*features, video.shape[1] // encoder.config.tubelet_size)
+        values = fidelity(*_features(encoder, config, trained, frozen, batch))
         return {f"validation/{name}": value for name, value in values.items()}
 
     return near
