@@ -1,13 +1,13 @@
 """The names of a probe's classes, which Meta's files do not hold."""
 
-import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jvjepa.csv_file import read_csv
 from jvjepa.errors import InputError
 
 _VERB_NAMES, _NOUN_NAMES = "EPIC_100_verb_classes.csv", "EPIC_100_noun_classes.csv"
@@ -97,10 +97,10 @@ def read_epic_labels(
             f"{train_csv}: the order of its classes is that of sets in CPython of 64 bits, which "
             "this Python is not; give the names as JSON"
         )
-    rows = _read_csv(Path(train_csv), ("verb_class", "noun_class"))
+    columns = ("verb_class", "noun_class")
     numbers = [
-        tuple(_number(train_csv, line, column, row[column]) for column in row)
-        for line, row in rows.items()
+        tuple(_number(train_csv, line, column, row[column]) for column in columns)
+        for line, row in read_csv(Path(train_csv), columns)
     ]
     if not numbers:
         raise InputError(f"{train_csv} holds no rows")
@@ -119,32 +119,17 @@ def _class_names(kind: str, numbers: set[int], path: str | Path | None) -> dict[
     """The name of each class, in the order of the set."""
     if path is None:
         return {number: f"{kind} {number}" for number in numbers}
-    rows = _read_csv(Path(path), ("id", "key"))
-    names = {_number(path, line, "id", row["id"]): row["key"] for line, row in rows.items()}
+    rows = read_csv(Path(path), ("id", "key"))
+    names = {_number(path, line, "id", row["id"]): row["key"] for line, row in rows}
     missing = sorted(number for number in numbers if not names.get(number))
     if missing:
         raise InputError(f"{path} has no key for the {kind} classes {missing}")
     return {number: names[number] for number in numbers}
 
 
-def _read_csv(path: Path, columns: Sequence[str]) -> dict[int, dict[str, str | None]]:
-    """Some columns of every row, by the line where it ends."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        there = reader.fieldnames or []
-        missing = [column for column in columns if column not in there]
-        if missing:
-            found = ", ".join(there) or "none"
-            raise InputError(f"{path} has no column {' and '.join(missing)}; it has {found}")
-        rows = {}
-        for row in reader:
-            rows[reader.line_num] = {name: row[name] for name in columns}
-        return rows
-
-
-def _number(path: str | Path, line: int, column: str, text: str | None) -> int:
-    if text is None or not text.strip().isdecimal():
-        raise InputError(f"{path}, line {line}: {column} is {text!r}; it must be a whole number")
+def _number(path: str | Path, line: int, column: str, text: str) -> int:
+    if not text.strip().isdecimal():
+        raise InputError(f"{path}:{line}: {column} is {text!r}; it must be a whole number")
     return int(text)
 
 

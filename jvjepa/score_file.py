@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jvjepa.clips import SUFFIXES, find_videos
+from jvjepa.csv_file import read_csv
 from jvjepa.errors import InputError
 from jvjepa.quality_modules import SCORES
 from jvjepa.recording import named
@@ -56,7 +57,7 @@ def read_requests(source: Path, videos: Path | None = None) -> list[Request]:
     folder = source.parent if videos is None else videos
     found: list[Request] = []
     lines: dict[tuple[str, str], int] = {}
-    for line, row in _read(source, source.read_bytes(), (NAME, PROMPT)):
+    for line, row in read_csv(source, (NAME, PROMPT)):
         name, prompt = row[NAME].strip(), row[PROMPT].strip()
         for column, value in ((NAME, name), (PROMPT, prompt)):
             if not value:
@@ -118,7 +119,7 @@ class ScoreFile:
         columns = (NAME, PROMPT, *COLUMNS, MODEL)
         if not whole and not _row(columns).startswith(content):
             raise InputError(f"{path} is no file of scores; choose another name or pass --force")
-        for line, row in _read(path, whole, columns) if whole else ():
+        for line, row in read_csv(path, columns, whole) if whole else ():
             if row[MODEL] != model:
                 raise InputError(
                     f"{path}:{line} is of a model with other weights; choose another name or pass "
@@ -163,33 +164,6 @@ def _row(fields: Sequence[str]) -> bytes:
     row = io.StringIO(newline="")
     csv.writer(row).writerow(fields)
     return row.getvalue().encode()
-
-
-def _read(path: Path, content: bytes, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a CSV and the line where each ends; raises InputError if columns are missing."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a text in UTF-8 ({error.reason})") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows = []
-    try:
-        header = list(reader.fieldnames or ())
-        wrong = [name for name in columns if header.count(name) != 1]
-        if wrong:
-            problem = "more than once" if wrong[0] in header else "not"
-            raise InputError(
-                f"{path} has the column {wrong[0]} {problem}; its columns are "
-                f"{', '.join(header) or 'none'}, and {', '.join(columns)} must be among them"
-            )
-        for row in reader:
-            if None in row or None in row.values():
-                right = f"{len(header)} fields would be right"
-                raise InputError(f"{path}:{reader.line_num} has too many or too few; {right}")
-            rows.append((reader.line_num, row))
-    except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num} is no CSV ({error})") from None
-    return rows
 
 
 def _numbers(where: str, row: dict[str, str]) -> NDArray[np.float32]:

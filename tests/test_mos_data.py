@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jvjepa.errors import ConfigError
+from jvjepa.errors import ConfigError, InputError
 from jvjepa.train.manifest import DataError
 from jvjepa.train.mos_data import COLUMNS, Ratings, read_ratings, split
 
@@ -83,28 +83,28 @@ def test_a_video_without_all_scores_is_left_out_and_counted(tmp_path: Path, unkn
     ],
 )
 def test_bad_rows(tmp_path: Path, row: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(InputError, match=message):
         read_ratings(write(tmp_path, GOOD, row))
 
 
 def test_bad_files(tmp_path: Path) -> None:
     header = ("video_name", "prompt", *COLUMNS[1:])
-    with pytest.raises(DataError, match=r"has no column Prompt, Traditional_MOS; it has video_na"):
+    with pytest.raises(InputError, match=r"has no column Prompt, Traditional_MOS; it has video_na"):
         read_ratings(write(tmp_path, GOOD[:-1], header=header))
-    with pytest.raises(DataError, match=r"has the column Prompt more than once"):
+    with pytest.raises(InputError, match=r"has the column Prompt more than once"):
         read_ratings(write(tmp_path, (*GOOD, "b"), header=(*HEADER, "Prompt")))
     with pytest.raises(DataError, match=r"labels\.csv: lists no video"):
         read_ratings(write(tmp_path))
     (tmp_path / "labels.csv").write_bytes(b"")
-    with pytest.raises(DataError, match=r"it has none, and video_name"):
+    with pytest.raises(InputError, match=r"it has none, and video_name"):
         read_ratings(tmp_path / "labels.csv")
     (tmp_path / "labels.csv").write_bytes(b"\xff\xfe1")
-    with pytest.raises(DataError, match=r"is not a text in UTF-8"):
+    with pytest.raises(InputError, match=r"is not a text in UTF-8"):
         read_ratings(tmp_path / "labels.csv")
     (tmp_path / "labels.csv").write_text(",".join(HEADER) + '\na.mp4,"a"b,1,1,1,1,1\n')
-    with pytest.raises(DataError, match=r"labels\.csv:2: is no CSV"):
+    with pytest.raises(InputError, match=r"labels\.csv:2: is no CSV"):
         read_ratings(tmp_path / "labels.csv")
-    with pytest.raises(DataError, match=r"nothing\.csv: there is no such file"):
+    with pytest.raises(InputError, match=r"nothing\.csv: there is no such file"):
         read_ratings(tmp_path / "nothing.csv")
     path = write(tmp_path, GOOD, ("b.mp4", "b", *"12345"))
     with pytest.raises(DataError, match=r"nowhere: there is no such folder of videos"):

@@ -264,11 +264,11 @@ def test_annotations_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "train.csv"
     for text, message in (
         ("verb,noun_class\n1,2\n", "has no column verb_class; it has verb, noun_class"),
-        ("", "has no column verb_class and noun_class; it has none"),
+        ("", "has no column verb_class, noun_class; it has none"),
         ("verb_class,noun_class\n", "holds no rows"),
-        ("verb_class,noun_class\n1,2\n1,x\n", "line 3: noun_class is 'x'; it must be a whole"),
-        ("verb_class,noun_class\n1.0,2\n", "line 2: verb_class is '1.0'"),
-        ("noun_class,verb_class\n1\n", "line 2: verb_class is None"),
+        ("verb_class,noun_class\n1,2\n1,x\n", "csv:3: noun_class is 'x'; it must be a whole"),
+        ("verb_class,noun_class\n1.0,2\n", "csv:2: verb_class is '1.0'"),
+        ("noun_class,verb_class\n1\n", "csv:2: has more or fewer fields than the header"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=message):

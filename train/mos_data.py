@@ -7,18 +7,18 @@ A score is a number from 1 to 5. A video whose scores are not all there is left 
 never given others in their place. Other columns are not looked at.
 """
 
-import csv
 import dataclasses
 import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jvjepa.csv_file import read_csv
 from jvjepa.errors import ConfigError
 from jvjepa.score_file import COLUMNS, NAME, PROMPT
 from jvjepa.train.manifest import DataError
@@ -90,14 +90,17 @@ def read_ratings(
         The videos whose five scores are all there.
 
     Raises:
-        DataError: there is no such file, a column is missing, a row is wrong, a name stands twice,
-            a video is not there, or no row has all scores; the message names file and line.
+        InputError: there is no such file, or it is no CSV with these columns.
+        DataError: a row is wrong, a name stands twice, a video is not there, or no row has all
+            scores; the message names file and line.
     """
     source = Path(source)
     folder = source.parent if videos is None else Path(videos)
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder of videos")
-    rows = _rows(source)
+    rows = [_row(source, *row) for row in read_csv(source, (NAME, PROMPT, *COLUMNS))]
+    if not rows:
+        raise DataError(f"{source}: lists no video")
     lines: dict[str, int] = {}
     for row in rows:
         if row.name in lines:
@@ -156,40 +159,8 @@ def split(ratings: Ratings, share: float, seed: int) -> tuple[Ratings, Ratings]:
     return ratings.take(parts[0]), ratings.take(parts[1])
 
 
-def _rows(source: Path) -> list[_Row]:
-    try:
-        with open(source, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            _check_columns(source, reader.fieldnames or ())
-            rows = [_row(source, reader.line_num, fields) for fields in reader]
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"{source}: there is no such file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: is not a text in UTF-8 ({error.reason})") from None
-    except csv.Error as error:
-        raise DataError(f"{source}:{reader.reader.line_num}: is no CSV ({error})") from None
-    if not rows:
-        raise DataError(f"{source}: lists no video")
-    return rows
-
-
-def _check_columns(source: Path, found: Sequence[str]) -> None:
-    needed = (NAME, PROMPT, *COLUMNS)
-    missing = [name for name in needed if name not in found]
-    if missing:
-        raise DataError(
-            f"{source}: has no column {', '.join(missing)}; it has {', '.join(found) or 'none'}, "
-            f"and {', '.join(needed)} are needed"
-        )
-    twice = [name for name in needed if list(found).count(name) > 1]
-    if twice:
-        raise DataError(f"{source}: has the column {twice[0]} more than once")
-
-
-def _row(source: Path, line: int, fields: Mapping[str | None, Any]) -> _Row:
+def _row(source: Path, line: int, fields: Mapping[str, str]) -> _Row:
     where = f"{source}:{line}"
-    if None in fields or None in fields.values():
-        raise DataError(f"{where}: has more or fewer fields than the header")
     name, prompt = fields[NAME].strip(), fields[PROMPT].strip()
     if not name:
         raise DataError(f"{where}: {NAME} is empty; it must be the name of a video file")
