@@ -138,6 +138,13 @@ ROWS = (
         rounds=3,
     ),
     Row(
+        key="clip/16f-256/whole/unrolled",
+        title="clip, 16 frames, 256 px (2,048 tokens), whole ViT-L, layers unrolled",
+        work=Work(kind="clip", layers=24, unrolled=True),
+        competitors=(BASELINE, "transformers SDPA"),
+        rounds=3,
+    ),
+    Row(
         key="clip/64f-256",
         title="clip, 64 frames, 256 px (8,192 tokens)",
         work=Work(kind="clip", layers=2, frames=64),
@@ -174,6 +181,13 @@ ROWS = (
         key="step/window-32",
         title="streaming step, window 32, 1 stream",
         work=Work(kind="step", layers=6, window=32, frames=64),
+        competitors=SACCADIC,
+        rounds=3,
+    ),
+    Row(
+        key="step/window-32/unrolled",
+        title="streaming step, window 32, 1 stream, layers unrolled",
+        work=Work(kind="step", layers=6, window=32, frames=64, unrolled=True),
         competitors=SACCADIC,
         rounds=3,
     ),
