@@ -368,8 +368,8 @@ def test_a_file_of_scores_cut_anywhere_keeps_its_whole_rows(tmp_path: Path) -> N
     ("change", "message"),
     [
         (lambda text: "something else", "is no file of scores"),
-        (lambda text: "a,b\n1,2\n", "has the column video_name not"),
-        (lambda text: text.replace("model", "Model"), "has the column model not"),
+        (lambda text: "a,b\n1,2\n", "has no column video_name"),
+        (lambda text: text.replace("model", "Model"), "has no column model"),
         (lambda text: text.replace("0.5", "x"), "could not convert"),
         (lambda text: text.replace("0.5", "nan"), "are not finite"),
         (lambda text: text.replace("digest", "other"), "of a model with other weights"),
