@@ -112,7 +112,7 @@ def logits_of(some: Model, params: Any) -> np.ndarray:
     return np.asarray(some.classifier.apply({"params": params["classifier"]}, tokens), np.float64)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("smoothing", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_fine_tuning_has_the_loss_of_a_classifier(smoothing: float) -> None:
     config = FinetuneConfig(
         optimizer=OPTIMIZER, data=DATA, num_layers=1, num_heads=2, smoothing=smoothing

@@ -170,6 +170,7 @@ def test_kernels_of_int8_stay_int8(models: Path) -> None:
     assert relative_error(found, tokens_of(tiny(), video)) > 1e-3  # it is the quantized model
 
 
+@pytest.mark.slow
 def test_inputs_of_int8_are_rounded_too(models: Path) -> None:
     source, video = models / "static", write_scene(models / "scene.mp4")
     how = ("--scheme", "int8-static", "--calibrate", video, "--num-frames", "4")
