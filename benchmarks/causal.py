@@ -177,7 +177,7 @@ def run_seed(
 
     def evaluate(trained: Params, carried: Params, frozen: Params) -> dict[str, float]:
         given = variables(params, join(trained, frozen["constants"])["encoder"])
-        curve.append(measure(given, "adapted"))
+        curve.append(measure(measure.tokens(pixels["test"], given, "adapted")))
         return curve[-1]
 
     task = causal_lora_task(model, options, sets["training"], steps=steps, seed=seed)
@@ -192,7 +192,7 @@ def run_seed(
         given = feed(tokens["training"], labels["training"], seed)
         task = classifier_task(model, untrained, given, sizes.classifier_steps)
         head = run(task, sizes.classifier_steps, f"classifier-{row}").trained
-        found[row] = measure(encoder, row)
+        found[row] = measure(tokens["test"])
         found[row]["own_accuracy"] = measure.accuracy(tokens["test"], head)
     return {**found, "curve": curve, "every": tenth(steps), "seconds": watch.laps}
 
@@ -316,7 +316,6 @@ class Measure:
     def __init__(self, model: Model, pixels: NDArray[np.uint8], labels: NDArray[np.int32]) -> None:
         """Takes what is measured on."""
         self._head, self._labels = model.params["classifier"], labels
-        self._pixels = pixels
 
         @functools.partial(jax.jit, static_argnums=2)
         def encode(video: jax.Array, encoder: Params, row: str) -> jax.Array:
@@ -344,9 +343,8 @@ class Measure:
         self._encode, self._right, self._near = encode, right, near
         self._whole = self.tokens(pixels, {"params": model.params["encoder"]}, "whole")
 
-    def __call__(self, encoder: Params, row: str) -> dict[str, float]:
-        """Measures an encoder's variables, run as one of `ROWS`."""
-        tokens = self.tokens(self._pixels, encoder, row)
+    def __call__(self, tokens: NDArray[np.float32]) -> dict[str, float]:
+        """Measures the tokens of what is measured on."""
         near = [self._near(*pair) for pair in zip(_parts(tokens), _parts(self._whole), strict=True)]
         found = {
             name: float(np.mean(np.concatenate([jax.device_get(one[name]) for one in near])))
@@ -355,7 +353,7 @@ class Measure:
         return {"accuracy": self.accuracy(tokens, self._head), **found}
 
     def tokens(self, pixels: NDArray[np.uint8], encoder: Params, row: str) -> NDArray[np.float32]:
-        """Encodes all clips: [n, N, D]."""
+        """Encodes all clips with an encoder's variables, run as one of `ROWS`: [n, N, D]."""
         found = [self._encode(some, encoder, row) for some in _parts(pixels)]
         return np.concatenate(jax.device_get(found))
 

@@ -340,7 +340,7 @@ class Checkpoints:
         args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(wanted)})
         try:
             arrays = self._manager.restore(step, args=args)[_STATE]
-        except Exception as error:
+        except Exception as error:  # orbax raises bare ones for what it cannot read
             if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
                 raise
             raise self._damage(step, _line(error)) from error
