@@ -2,7 +2,7 @@
 
 `chunked` maps plain matrix products over (batch, head, block of queries): its memory does not
 depend on N², and on a CPU it is several times faster than the batched product. `xla` and `cudnn`
-are `jax.nn.dot_product_attention`.
+are `jax.nn.dot_product_attention`, `splash` is JAX's kernel for TPUs (`jvjepa.splash`).
 """
 
 import functools
@@ -16,12 +16,13 @@ import numpy as np
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.typing import Array, DType
 
-Backend = Literal["auto", "xla", "chunked", "cudnn"]
+Backend = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 
 _QUERY_BLOCK = 512  # queries at most that `chunked` takes at a time
 _MAX_BLOCK_BYTES = 1 << 28  # the largest float32 scores of one clip and block of queries
 _SPAN_BLOCK = 128  # queries at most that `attention_over_spans` takes at a time
 _SPAN_PARTS, _SPAN_SHARES = 8, (1, 2, 3, 4, 6, 8)  # its numbers of keys, in eighths of all of them
+_NEEDS = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}
 _MAX_SCORE_BYTES = 1 << 30  # the largest float32 [B, H, N, M] that `auto` lets XLA make
 _CUDNN_DTYPES = ("bfloat16", "float16")
 _CUDNN_MAX_WIDTH = 128  # newer GPUs than the oldest that JAX supports take 256
@@ -42,7 +43,9 @@ def available(platform: str) -> tuple[str, ...]:
     Returns:
         Those in `Backend` that run there.
     """
-    return tuple(name for name in get_args(Backend) if name != "cudnn" or platform == "gpu")
+    return tuple(
+        name for name in get_args(Backend) if name not in _NEEDS or _NEEDS[name][0] == platform
+    )
 
 
 def check_platform(backend: Backend, platform: str) -> None:
@@ -51,7 +54,7 @@ def check_platform(backend: Backend, platform: str) -> None:
     if backend not in here:
         names = ", ".join(here)
         raise ConfigError(
-            f"attention = {backend!r} needs an NVIDIA GPU; on {platform} there are {names}"
+            f"attention = {backend!r} needs {_NEEDS[backend][1]}; on {platform} there are {names}"
         )
 
 
@@ -82,14 +85,15 @@ def resolve(backend: Backend, score_shape: tuple[int, int, int, int]) -> Backend
 
     `auto` takes `chunked` on a CPU; elsewhere `xla`, and `chunked` where the float32 scores
     [B, H, N, M] would take more than 1 GiB. It never takes `cudnn`, whose results depend on the
-    version of cuDNN and which not all dtypes and head widths have: that is asked for by name.
+    version of cuDNN and which not all dtypes and head widths have, nor `splash`, which nobody has
+    run on a TPU yet: these are asked for by name.
 
     Args:
         backend: the wish.
         score_shape: (B, H, N queries, M keys).
 
     Returns:
-        "xla", "chunked" or "cudnn".
+        "xla", "chunked", "cudnn" or "splash".
 
     Raises:
         ConfigError: there is no such backend, or not on this platform.
@@ -133,6 +137,10 @@ def attention(
     chosen = resolve(backend, (batch, heads, queries, keys))
     if chosen == "chunked":
         return _chunked(q, k, v, mask)
+    if chosen == "splash":
+        from jvjepa.splash import splash_attention  # Pallas takes a second to import
+
+        return splash_attention(q, k, v, mask)
     full = mask
     if chosen == "cudnn":
         check_cudnn(q.dtype, width)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attentions import MASKS, inputs, mask_of, reference, reference_gradients
 from models import relative_error
 
 from jvjepa import attention as backends
@@ -13,9 +14,7 @@ from jvjepa.cli import main
 from jvjepa.encoder import banded_causal_mask
 from jvjepa.errors import ConfigError, InputError
 
-BACKENDS = ["xla", "chunked"]  # cudnn needs a GPU
-MASKS = ["none", "banded", "areas", "padding", "heads", "blind"]
-BATCH, HEADS = 2, 3
+BACKENDS = ["xla", "chunked"]  # cudnn needs a GPU, and splash a TPU: test_splash.py
 
 
 @pytest.fixture
@@ -29,65 +28,6 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backends, "_is_one_cpu", lambda: request.param)
 
 
-def _inputs(queries: int, keys: int, width: int = 24, dtype: str = "float32") -> list[jax.Array]:
-    rng = np.random.default_rng(0)
-    shapes = [(BATCH, n, HEADS, width) for n in (queries, keys, keys)]
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-
-
-def _mask(name: str, queries: int, keys: int) -> np.ndarray | None:
-    """Bool [B or 1, 1 or H, 1 or N, M] of every form that the models use."""
-    rng = np.random.default_rng(1)
-    row, column = np.arange(queries)[:, None], np.arange(keys)[None]
-    match name:
-        case "none":
-            return None
-        case "banded":  # tubelets of 4 tokens see themselves and two before
-            behind = row // 4 - column // 4
-            return ((behind >= 0) & (behind < 3) | (column == 0))[None, None]
-        case "areas":
-            return (row * 5 // queries == column * 5 // keys)[None, None]
-        case "padding":
-            return (column < np.asarray([[keys], [max(1, keys // 3)]])).reshape(BATCH, 1, 1, keys)
-        case "heads":
-            return (rng.random((1, HEADS, queries, keys)) < 0.5) | (column == 0)
-        case "blind":  # some queries of some heads, and one whole head, see nothing
-            mask = rng.random((BATCH, HEADS, queries, keys)) < 0.5
-            mask[0, 1, queries // 2] = False
-            mask[1, 2] = False
-            return mask
-    raise AssertionError(name)
-
-
-def _weights(q: np.ndarray, k: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    scores = np.einsum("bnhk,bmhk->bhnm", q, k) / np.sqrt(q.shape[-1])
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    if mask is not None:
-        weights = weights * mask
-    total = weights.sum(-1, keepdims=True)
-    return weights / np.where(total == 0, 1, total)
-
-
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: np.ndarray | None) -> np.ndarray:
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    return np.einsum("bhnm,bmhk->bnhk", _weights(q, k, mask), v)
-
-
-def _reference_gradients(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: np.ndarray | None, cotangent: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
-    weights = _weights(q, k, mask)
-    upstream = np.einsum("bnhk,bmhk->bhnm", g, v)
-    scores = weights * (upstream - (upstream * weights).sum(-1, keepdims=True))
-    scores /= np.sqrt(q.shape[-1])
-    return (
-        np.einsum("bhnm,bmhk->bnhk", scores, k),
-        np.einsum("bhnm,bnhk->bmhk", scores, q),
-        np.einsum("bhnm,bnhk->bmhk", weights, g),
-    )
-
-
 def _run(backend: str, arrays: list[jax.Array], mask: np.ndarray | None) -> jax.Array:
     call = jax.jit(lambda arrays, mask: attention(*arrays, mask=mask, backend=backend))
     return call(arrays, None if mask is None else jnp.asarray(mask))
@@ -96,29 +36,29 @@ def _run(backend: str, arrays: list[jax.Array], mask: np.ndarray | None) -> jax.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 2), (511, 511), (513, 513), (5, 600)])
 def test_every_length(backend: str, sizes: tuple[int, int]) -> None:
-    arrays = _inputs(*sizes)
-    assert relative_error(_run(backend, arrays, None), _reference(*arrays, None)) <= 1e-6
+    arrays = inputs(*sizes)
+    assert relative_error(_run(backend, arrays, None), reference(*arrays, None)) <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["none", "areas"])
 def test_the_clip_of_1152_tokens(name: str) -> None:
-    arrays, mask = _inputs(1152, 1152, width=16), _mask(name, 1152, 1152)
-    assert relative_error(_run("chunked", arrays, mask), _reference(*arrays, mask)) <= 1e-6
+    arrays, mask = inputs(1152, 1152, width=16), mask_of(name, 1152, 1152)
+    assert relative_error(_run("chunked", arrays, mask), reference(*arrays, mask)) <= 1e-6
 
 
 @pytest.mark.parametrize("queries", [1, 7, 8, 15, 29, 30])
 @pytest.mark.usefixtures("small_blocks", "where")
 def test_every_length_in_blocks(queries: int) -> None:
     # a mask with rows of its own for each query, and last blocks that do not come out even
-    arrays, mask = _inputs(queries, 9), _mask("blind", queries, 9)
-    assert relative_error(_run("chunked", arrays, mask), _reference(*arrays, mask)) <= 1e-6
+    arrays, mask = inputs(queries, 9), mask_of("blind", queries, 9)
+    assert relative_error(_run("chunked", arrays, mask), reference(*arrays, mask)) <= 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.usefixtures("small_blocks", "where")
 def test_every_mask_with_gradients(backend: str, name: str) -> None:
-    arrays, mask = _inputs(18, 40), _mask(name, 18, 40)
+    arrays, mask = inputs(18, 40), mask_of(name, 18, 40)
     cotangent = np.random.default_rng(2).normal(size=arrays[0].shape).astype(np.float32)
 
     @jax.jit
@@ -128,8 +68,8 @@ def test_every_mask_with_gradients(backend: str, name: str) -> None:
         return out, pull(cotangent)
 
     out, gradients = run(arrays, None if mask is None else jnp.asarray(mask))
-    assert relative_error(out, _reference(*arrays, mask)) <= 1e-6
-    expected = _reference_gradients(*arrays, mask, cotangent)
+    assert relative_error(out, reference(*arrays, mask)) <= 1e-6
+    expected = reference_gradients(*arrays, mask, cotangent)
     for ours, theirs in zip(gradients, expected, strict=True):
         assert relative_error(ours, theirs) <= 1e-6
     if name == "blind":  # what sees nothing
@@ -142,7 +82,7 @@ def test_every_mask_with_gradients(backend: str, name: str) -> None:
 def test_auto_is_the_pick() -> None:
     def program(backend: str) -> str:
         call = functools.partial(attention, mask=jnp.ones((1, 1, 1, 40), bool), backend=backend)
-        return str(jax.make_jaxpr(call)(*_inputs(18, 40)))
+        return str(jax.make_jaxpr(call)(*inputs(18, 40)))
 
     assert program("auto") == program("chunked") != program("xla")
 
@@ -162,22 +102,22 @@ def test_blocks_are_even(queries: int, block: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_keys_do_not_touch_the_result(backend: str) -> None:
-    (q, k, v), mask = _inputs(6, 9), np.arange(9).reshape(1, 1, 1, 9) < 5
+    (q, k, v), mask = inputs(6, 9), np.arange(9).reshape(1, 1, 1, 9) < 5
     changed = [q, k.at[:, 5:].set(50.0), v.at[:, 5:].set(-3.0)]
     assert np.array_equal(_run(backend, [q, k, v], mask), _run(backend, changed, mask))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_scores_do_not_overflow(backend: str) -> None:
-    q, k, v = _inputs(6, 9)
+    q, k, v = inputs(6, 9)
     arrays = [100 * q, 100 * k, v]  # scores of 1e5, whose float32 steps are 8e-3
-    assert relative_error(_run(backend, arrays, None), _reference(*arrays, None)) <= 1e-3
+    assert relative_error(_run(backend, arrays, None), reference(*arrays, None)) <= 1e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("small_blocks")
 def test_bfloat16(backend: str) -> None:
-    arrays, mask = _inputs(18, 40, dtype="bfloat16"), _mask("blind", 18, 40)
+    arrays, mask = inputs(18, 40, dtype="bfloat16"), mask_of("blind", 18, 40)
     cotangent = jnp.asarray(np.random.default_rng(2).normal(size=arrays[0].shape), "bfloat16")
 
     @jax.jit
@@ -191,8 +131,8 @@ def test_bfloat16(backend: str) -> None:
         out, gradients = run(*arrays)
     assert out.dtype == jnp.bfloat16
     step = 2.0**-8  # the weights and the result are rounded to 8 bits, each by half a step
-    assert relative_error(out, _reference(*arrays, mask)) <= step
-    expected = _reference_gradients(*arrays, mask, cotangent)
+    assert relative_error(out, reference(*arrays, mask)) <= step
+    expected = reference_gradients(*arrays, mask, cotangent)
     for ours, theirs in zip(gradients, expected, strict=True):
         assert ours.dtype == jnp.bfloat16
         assert relative_error(ours, theirs) <= 2 * step
@@ -201,7 +141,7 @@ def test_bfloat16(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("small_blocks")
 def test_compiles_once(backend: str, compilations: Callable[[], int]) -> None:
-    (q, k, v), mask = _inputs(18, 40), jnp.asarray(_mask("padding", 18, 40))
+    (q, k, v), mask = inputs(18, 40), jnp.asarray(mask_of("padding", 18, 40))
     function = jax.jit(lambda q, k, v, mask: attention(q, k, v, mask=mask, backend=backend))
     others = (q + 1, k - 1, 2 * v, ~mask)
     before = compilations()
@@ -215,7 +155,7 @@ def test_compiles_once(backend: str, compilations: Callable[[], int]) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("small_blocks")
 def test_under_vmap(backend: str) -> None:
-    q, k, v = (jnp.stack([x, 2 * x, x - 1]) for x in _inputs(18, 40))
+    q, k, v = (jnp.stack([x, 2 * x, x - 1]) for x in inputs(18, 40))
     masks = jnp.asarray(np.random.default_rng(3).random((3, 1, 1, 18, 40)) < 0.7)
 
     def call(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -228,17 +168,17 @@ def test_under_vmap(backend: str) -> None:
 
     out, shared = run()
     for i in range(3):
-        expected = _reference(q[i], k[i], v[i], np.asarray(masks[i]))
+        expected = reference(q[i], k[i], v[i], np.asarray(masks[i]))
         assert relative_error(out[i], expected) <= 1e-6
-        expected = _reference(q[i], k[0], v[0], np.asarray(masks[0]))
+        expected = reference(q[i], k[0], v[0], np.asarray(masks[0]))
         assert relative_error(shared[i], expected) <= 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("small_blocks")
 def test_inside_scan_with_gradients(backend: str) -> None:
-    q, k, v = _inputs(18, 40)
-    mask = _mask("padding", 18, 40)
+    q, k, v = inputs(18, 40)
+    mask = mask_of("padding", 18, 40)
 
     def layers(q: jax.Array, shifts: jax.Array) -> jax.Array:
         def layer(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, None]:
@@ -248,10 +188,10 @@ def test_inside_scan_with_gradients(backend: str) -> None:
         return jax.lax.scan(layer, q, shifts)[0]
 
     shifts = jnp.asarray([0.0, 0.5, -0.25])
-    inputs, x = [], np.asarray(q, np.float64)
+    seen, x = [], np.asarray(q, np.float64)
     for shift in (0.0, 0.5, -0.25):
-        inputs.append(x + shift)
-        x = inputs[-1] + _reference(inputs[-1], k, v, mask)
+        seen.append(x + shift)
+        x = seen[-1] + reference(seen[-1], k, v, mask)
 
     @jax.jit
     def run(q: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -261,8 +201,8 @@ def test_inside_scan_with_gradients(backend: str) -> None:
     out, gradient = run(q)
     assert relative_error(out, x) <= 2e-6
     cotangent = np.ones(q.shape)
-    for x in reversed(inputs):
-        cotangent = cotangent + _reference_gradients(x, k, v, mask, cotangent)[0]
+    for x in reversed(seen):
+        cotangent = cotangent + reference_gradients(x, k, v, mask, cotangent)[0]
     assert relative_error(gradient, cotangent) <= 5e-6
 
 
@@ -302,24 +242,28 @@ def test_the_pick_on_an_accelerator(monkeypatch: pytest.MonkeyPatch, platform: s
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert resolve("auto", (1, 16, 4096, 4096)) == "xla"  # 1 GiB of scores
     assert resolve("auto", (1, 16, 4096, 4097)) == "chunked"
-    if platform == "gpu":
-        assert resolve("cudnn", (1, 16, 4096, 4096)) == "cudnn"
+    named = {"gpu": "cudnn", "tpu": "splash"}[platform]
+    assert resolve(named, (1, 16, 4096, 4096)) == named
 
 
 def test_backends_of_a_platform() -> None:
     assert available("gpu") == ("auto", "xla", "chunked", "cudnn")
-    assert available("cpu") == available("tpu") == ("auto", "xla", "chunked")
+    assert available("tpu") == ("auto", "xla", "chunked", "splash")
+    assert available("cpu") == ("auto", "xla", "chunked")
     check_platform("cudnn", "gpu")
+    check_platform("splash", "tpu")
     with pytest.raises(ConfigError, match="'cudnn' needs an NVIDIA GPU; on tpu there are auto, x"):
         check_platform("cudnn", "tpu")
+    with pytest.raises(ConfigError, match="'splash' needs a TPU; on gpu there are auto, xla"):
+        check_platform("splash", "gpu")
 
 
 def test_a_backend_that_is_not_here_says_so() -> None:
     message = "attention = 'cudnn' needs an NVIDIA GPU; on cpu there are auto, xla, chunked"
     with pytest.raises(ConfigError, match=message):
-        attention(*_inputs(3, 3, dtype="bfloat16"), backend="cudnn")
+        attention(*inputs(3, 3, dtype="bfloat16"), backend="cudnn")
     with pytest.raises(ConfigError, match=r"attention = 'flash'; it must be one of .'auto', 'xla'"):
-        attention(*_inputs(3, 3), backend="flash")
+        attention(*inputs(3, 3), backend="flash")
 
 
 def test_what_cudnn_takes() -> None:
@@ -338,9 +282,9 @@ def test_what_cudnn_takes() -> None:
 def test_cudnn_checks_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ConfigError, match="and the model in float32"):
-        attention(*_inputs(3, 3), backend="cudnn")
+        attention(*inputs(3, 3), backend="cudnn")
     with pytest.raises(ConfigError, match="these have 20"):
-        attention(*_inputs(3, 3, width=20, dtype="float16"), backend="cudnn")
+        attention(*inputs(3, 3, width=20, dtype="float16"), backend="cudnn")
 
 
 @pytest.mark.parametrize(
@@ -368,7 +312,7 @@ def test_shapes_that_do_not_fit(changes: dict[str, tuple[int, ...]], message: st
 
 
 def test_dtypes_that_do_not_fit() -> None:
-    q, k, v = _inputs(6, 9)
+    q, k, v = inputs(6, 9)
     with pytest.raises(InputError, match="q is float32, k bfloat16, v float32; they must have"):
         attention(q, k.astype(jnp.bfloat16), v)
     with pytest.raises(InputError, match="mask is float32"):
