@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import shutil
 import statistics
 import sys
 import time
@@ -145,8 +144,8 @@ def run_seed(
 
     def run(task: Task, steps: int, name: str, **more: Any) -> State:
         loop = LoopConfig(steps=steps, seed=seed, log_every=50, save_every=tenth(steps))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        state = train(dataclasses.replace(task, **more), loop, folder / name, console=console)
+        task = dataclasses.replace(task, **more)
+        state = train(task, loop, folder / name, resume=True, console=console)
         watch.lap(name)
         return jax.device_get(state)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from tasks import Batch, numbers, toy_task
 
 from jvjepa.errors import ConfigError, InputError, TrainingError
+from jvjepa.train import watch
 from jvjepa.train.loop import LoopConfig, begin, best_state, make_step, train
 from jvjepa.train.metrics import read
 from jvjepa.train.task import Best
@@ -184,6 +185,35 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path, number: int) -> N
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_a_signal_at_a_save_step_leaves_its_measurement(tmp_path: Path) -> None:
+    def kill(step: int, values: Batch) -> Batch:
+        if step == 7:  # of update 8, after which a checkpoint is due
+            os.kill(os.getpid(), signal.SIGTERM)
+        return values
+
+    task = {"evaluate": lambda *_: {"score": 0.5}, "best": Best("score", "max")}
+    with pytest.raises(KeyboardInterrupt, match="checkpoint of step 8"):
+        train(toy_task(at_step=kill, **task), config(), tmp_path / "run")
+    assert [row.get("score") for row in rows(tmp_path / "run")][3::4] == [0.5, 0.5]
+    assert best_state(toy_task(**task), config(), tmp_path / "run")[0] == 8
+
+
+@pytest.mark.parametrize("error", [InputError("two clips cannot be read"), KeyboardInterrupt()])
+def test_a_failing_evaluation_loses_nothing(tmp_path: Path, error: BaseException) -> None:
+    def fail(*_: Any) -> dict[str, float]:
+        raise error
+
+    best = Best("score", "max")
+    with pytest.raises(type(error)):
+        train(toy_task(evaluate=fail, best=best), config(), tmp_path / "run")
+    step, state = best_state(toy_task(best=best), config(), tmp_path / "run")
+    assert (step, int(state.step)) == (None, 4)  # nothing was measured, so that it is the newest
+    task = toy_task(evaluate=lambda *_: {"score": 0.5}, best=best)
+    state = train(task, config(), tmp_path / "run", resume=True)
+    assert_equal(state, train(toy_task(), config(), tmp_path / "whole"))
+    assert best_state(task, config(), tmp_path / "run")[0] == 12
+
+
 def test_updates_compile_once(tmp_path: Path, compilations: Callable[[], int]) -> None:
     counts: list[int] = []
 
@@ -216,6 +246,42 @@ def test_the_task_survives_its_run(tmp_path: Path) -> None:
     task = toy_task()
     train(task, config(steps=1), tmp_path / "run")
     assert np.isfinite(np.asarray(task.trained["query"]["kernel"])).all()  # not donated
+
+
+def test_what_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match="8"):
+        train(toy_task(), config(accumulate=3), folder)  # of 8 clips
+
+    def narrow(step: int, values: Batch) -> Batch:
+        return {**values, "x": values["x"][:, :5]}
+
+    with pytest.raises(TypeError, match="dot_general"):  # seen when it is traced
+        train(toy_task(at_step=narrow), config(), folder)
+    assert not folder.exists()
+    train(toy_task(), config(steps=1), folder)
+
+
+def test_speed_is_that_of_updates_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+
+    def take_a_second(step: int, values: Batch) -> Batch:
+        clock[0] += 1
+        return values
+
+    def evaluate(*_: Any) -> dict[str, float]:
+        clock[0] += 1000
+        return {}
+
+    for every in (1, 3):
+        clock[0] = 0.0
+        task = toy_task(at_step=take_a_second, evaluate=evaluate)
+        train(task, config(log_every=every), tmp_path / str(every))
+        speeds = [row.get("clips_per_second") for row in rows(tmp_path / str(every))]
+        assert len(speeds) == (12 if every == 1 else 6)
+        assert set(speeds) <= {None, 8.0}  # clips of a batch, a second
+        assert speeds[-1] == 8.0
 
 
 def test_progress_is_shown(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ so do the clips: a run that was stopped and goes on gives what it would have giv
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -105,38 +106,49 @@ def train(
     """
     folder, mesh = Path(folder), make_mesh(config.mesh)
     record = _record(task, config)
-    _open_run(folder, record, resume=resume)
+    first = _look_at(folder, record, resume=resume)
     with ExitStack() as stack:
+        batches = _feed(task, config, mesh, first, stack)
+        key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
+        abstract = _abstract(task, mesh)
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        update = make_step(task, config.accumulate)
+        step = jax.jit(update, donate_argnums=0, out_shardings=(places, replicated(mesh)))
+        if first < config.steps:  # what does not fit fails here, before anything is written
+            batch = next(batches)
+            batches = itertools.chain([batch], batches)
+            with jax.set_mesh(mesh):
+                jax.eval_shape(step, abstract, task.frozen, batch, key)
+        _open_run(folder, record)
         checkpoints = stack.enter_context(
             Checkpoints(folder / CHECKPOINTS, keep=config.keep, best=task.best)
         )
         state, frozen = _place(task, mesh, checkpoints)
-        first = int(jax.device_get(state.step))
         before = hashes(flat(frozen))
-        feed = task.feed(first, jax.process_index(), jax.process_count())
-        batches = stack.enter_context(feed)
         watch = stack.enter_context(
             Watch(task, folder, checkpoints, first, config.steps, config.log_every, console)
         )
         interruption = stack.enter_context(Interruption())
-        places = jax.tree.map(lambda leaf: leaf.sharding, state)
-        update = make_step(task, config.accumulate)
-        step = jax.jit(update, donate_argnums=0, out_shardings=(places, replicated(mesh)))
-        key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
 
         for number in range(first + 1, config.steps + 1):
-            batch = put_batch(next(batches), mesh, parts=config.accumulate)
+            batch = next(batches)
             clips = len(jax.tree.leaves(batch)[0])
             with jax.transfer_guard("disallow"), jax.set_mesh(mesh):  # for layers.by_clips
                 state, metrics = step(state, frozen, batch, key)
             watch.started(number, metrics, clips)
             alone = jax.process_count() == 1
             stop = (alone or number % config.log_every == 0) and interruption.wanted()
-            if stop or number == config.steps or number % config.save_every == 0:
+            due = number == config.steps or number % config.save_every == 0
+            if stop or due:
                 watch.finish()  # before a state is kept, it is known to be finite
                 values: dict[str, float] = {}
-                if task.evaluate is not None and not stop:
-                    values = task.evaluate(state.trained, state.carried, frozen)
+                if due and task.evaluate is not None:
+                    try:
+                        values = task.evaluate(state.trained, state.carried, frozen)
+                    except BaseException:  # what was learned is kept, whatever ends the run
+                        if alone:  # a save needs all processes
+                            checkpoints.save(number, state, record)
+                        raise
                 watch.write(values)
                 checkpoints.save(number, state, record, values)
             if stop:
@@ -147,8 +159,8 @@ def train(
     return state
 
 
-def best_state(task: Task, config: LoopConfig, folder: str | Path) -> tuple[int, State]:
-    """Reads the best state of a run.
+def best_state(task: Task, config: LoopConfig, folder: str | Path) -> tuple[int | None, State]:
+    """Reads the best state of a run; where nothing was measured, the newest.
 
     Args:
         task: of the run; it says what the best is.
@@ -156,7 +168,7 @@ def best_state(task: Task, config: LoopConfig, folder: str | Path) -> tuple[int,
         folder: of the run.
 
     Returns:
-        Its step, and the state on the devices.
+        Its step, None where nothing was measured, and the state on the devices.
 
     Raises:
         CheckpointError: a checkpoint is damaged.
@@ -257,27 +269,43 @@ def _record(task: Task, config: LoopConfig) -> dict[str, Any]:
     return json.loads(json.dumps(record))  # as it will be read again: tuples become lists
 
 
-def _open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> None:
-    """Makes the folder of a run, or looks at that of one that goes on."""
+def _look_at(folder: Path, record: dict[str, Any], *, resume: bool) -> int:
+    """Sees that the folder is free, or that of the run that goes on; gives the updates it has."""
     path = folder / RUN_FILE
-    exists = path.exists()
-    if exists and not resume:
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} exists and is no run's folder: it has no {RUN_FILE}")
+        return 0
+    if not resume:
         raise InputError(f"{folder} exists; resume it, or choose another folder")
-    if exists:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: {error}") from None
-        keys = [key for key in {**found, **record} if found.get(key) != record.get(key)]
-        if keys:
-            different = [f"{key} = {found.get(key)}, now {record.get(key)}" for key in keys]
-            raise InputError(f"{folder} is another run's: {'; '.join(different)}")
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} exists and is no run's folder: it has no {RUN_FILE}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    keys = [key for key in {**found, **record} if found.get(key) != record.get(key)]
+    if keys:
+        different = [f"{key} = {found.get(key)}, now {record.get(key)}" for key in keys]
+        raise InputError(f"{folder} is another run's: {'; '.join(different)}")
+    if not (folder / CHECKPOINTS).is_dir():
+        return 0
+    with Checkpoints(folder / CHECKPOINTS, read_only=True) as checkpoints:
+        return checkpoints.latest or 0
+
+
+def _feed(
+    task: Task, config: LoopConfig, mesh: Mesh, first: int, stack: ExitStack
+) -> Iterator[Any]:
+    """The batches behind `first` updates, divided over the devices, until `stack` is closed."""
+    batches = stack.enter_context(task.feed(first, jax.process_index(), jax.process_count()))
+    return (put_batch(batch, mesh, parts=config.accumulate) for batch in batches)
+
+
+def _open_run(folder: Path, record: dict[str, Any]) -> None:
+    """Makes the folder of a run, if it is not there."""
     _wait_for_all("looked")
-    if jax.process_index() == 0 and not exists:
+    if jax.process_index() == 0 and not (folder / RUN_FILE).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as work:
+        with new_file(folder / RUN_FILE) as work:
             work.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _wait_for_all("opened")
 

@@ -34,5 +34,10 @@ class Run:
         if task.best is None:
             return whole(state)
         step, state = best_state(task, self.loop, folder)
-        console.print(f"the best by {task.best.metric} is step {step}")
+        if step is None:
+            console.print(
+                f"nothing was measured, so that the last state is kept: no {task.best.metric}"
+            )
+        else:
+            console.print(f"the best by {task.best.metric} is step {step}")
         return whole(state)

@@ -57,6 +57,7 @@ class Watch:
         self._under_way: _Update | None = None
         self._row: dict[str, float] = {}
         self._since: tuple[int, float] | None = None  # where speed is measured from: step and time
+        self._speed: float | None = None  # clips per second, as measured last
         main = jax.process_index() == 0
         with ExitStack() as stack:
             log = MetricsLog(folder, step=first + 1, enabled=main)
@@ -88,16 +89,26 @@ class Watch:
         """
         if self._under_way is not None:
             before = self._under_way.number
-            self.finish()
+            self._look(measure=True)
             if before % self._log_every == 0:
                 self.write({})
+                self._since = (before, time.monotonic())
         self._under_way = _Update(number, clips, metrics)
 
     def finish(self) -> None:
-        """Waits for the newest update, and looks at it.
+        """Waits for the newest update, and looks at it; speed is measured from the next one on.
 
         Raises:
             TrainingError: as `started`.
+        """
+        self._look(measure=False)
+        self._since = None
+
+    def _look(self, *, measure: bool) -> None:
+        """Looks at the newest update; its speed is known only when another one has been started.
+
+        A processor computes an update while it is started, other devices do behind it: the times
+        at which updates are started tell the speed of both.
         """
         assert self._under_way is not None
         number, clips, metrics = self._under_way
@@ -115,21 +126,23 @@ class Watch:
             bad = [f"{name} = {x}" for name, x in values.items() if not math.isfinite(x)]
             self._checkpoints.wait()  # all processes are here
             raise TrainingError(f"step {number}: {', '.join(bad)}; {self._left()}")
-        now, speed, share = time.monotonic(), None, None
-        if self._since is not None:
-            speed = (number - self._since[0]) * clips / (now - self._since[1])
-            values["clips_per_second"] = speed
+        if measure:
+            now = time.monotonic()
+            if self._since is None:
+                self._since = (number, now)
+            else:
+                self._speed = (number - self._since[0]) * clips / (now - self._since[1])
+        share = None
+        if self._speed is not None:
+            values["clips_per_second"] = self._speed
             if self._flops:
-                share = values["share_of_peak"] = speed * self._flops / self._rate
-        else:
-            self._since = (number, now)
+                share = values["share_of_peak"] = self._speed * self._flops / self._rate
         self._number, self._row = number, values
-        self._shown.update(number, values["loss"], speed, share)
+        self._shown.update(number, values["loss"], self._speed, share)
 
     def write(self, values: dict[str, float]) -> None:
         """Writes a row: the metrics of the update that was looked at last, and `values`."""
         self._log.log(self._number, {**self._row, **values})
-        self._since = (self._number, time.monotonic())
 
     def _left(self) -> str:
         latest = self._checkpoints.latest
