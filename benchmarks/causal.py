@@ -3,9 +3,9 @@
     python benchmarks/causal.py               # three seeds, one after the other
     python benchmarks/causal.py --quick       # minutes, and numbers that mean nothing
 
-Videos and results of a seed that are in OUT already are used again: several seeds can run at the
-same time, as processes of their own, and `--seeds 0 1 2` at the end writes the table of all. So
-three took 51 minutes on two cores.
+Videos, runs and results of a seed that are in OUT already are used again, so that it goes on where
+it was stopped. Several seeds can run at the same time, as processes of their own, and `--seeds 0 1
+2` at the end writes the table of all: so three took 51 minutes on two cores.
 
 For every seed: videos of a shape that moves in one of eight directions (H.264 files, other ones to
 learn from than to measure on), sampled at twice their rate, so that every tubelet holds one still
@@ -21,6 +21,7 @@ and the course of each run.
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import statistics
 import sys
@@ -189,7 +190,8 @@ def run_seed(
         encoder = adapted if row == "adapted" else {"params": params}
         tokens = {which: measure.tokens(pixels[which], encoder, row) for which in pixels}
         given = feed(tokens["training"], labels["training"], seed)
-        task = classifier_task(model, untrained, given, sizes.classifier_steps)
+        digest = hashlib.sha256(tokens["training"]).hexdigest()
+        task = classifier_task(model, untrained, given, digest, sizes.classifier_steps)
         head = run(task, sizes.classifier_steps, f"classifier-{row}").trained
         found[row] = measure(tokens["test"])
         found[row]["own_accuracy"] = measure.accuracy(tokens["test"], head)
@@ -208,8 +210,8 @@ def schedule(rate: float, steps: int, weight_decay: float = 0.0) -> OptimizerCon
     )
 
 
-def classifier_task(model: Model, untrained: Params, given: Feed, steps: int) -> Task:
-    """A classifier learns from tokens, which the batches hold in place of pixels."""
+def classifier_task(model: Model, untrained: Params, given: Feed, digest: str, steps: int) -> Task:
+    """A classifier learns from tokens of a digest, which the batches hold in place of pixels."""
 
     def loss(
         trained: Params, carried: Params, frozen: Params, batch: Batch, step: Array, key: Array
@@ -220,7 +222,7 @@ def classifier_task(model: Model, untrained: Params, given: Feed, steps: int) ->
 
     return Task(
         name="classifier",
-        record={},
+        record={"tokens": digest},
         trained=untrained,
         carried={},
         frozen={},

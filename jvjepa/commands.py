@@ -281,7 +281,8 @@ def info(options: cli.Info, console: Console) -> int:
             f"anticipator: {counts}; trained on {part.frames_per_clip} frames, "
             f"{part.frames_per_second} a second"
         )
-    tokens = encoder.frames_per_clip // encoder.tubelet_size * encoder.config_grid**2
+    tubelets = max(1, encoder.frames_per_clip // encoder.tubelet_size)
+    tokens = tubelets * encoder.config_grid**2
     backend = resolve("auto", (1, encoder.num_heads, tokens, tokens))
     platform = jax.default_backend()
     others = " and ".join(name for name in available(platform) if name not in ("auto", backend))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any, TypeVar
 
 from jvjepa.errors import ConfigError
@@ -24,12 +25,21 @@ def check(ok: bool, owner: object, field: str, right: str) -> None:
         raise ConfigError(f"{type(owner).__name__}.{field} = {value!r}; it must be {right}")
 
 
+def is_whole(value: object, least: int = 0) -> bool:
+    """Whether a value is a whole number, `least` or more; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether a value is a finite number from `least` to `most`; true and false are none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -math.inf < value < math.inf and least <= value <= most
+
+
 def check_positive_ints(owner: object, *fields: str) -> None:
     """Raises ConfigError unless all these fields are whole numbers above 0."""
     for field in fields:
-        value = getattr(owner, field)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        check(whole and value > 0, owner, field, "a whole number above 0")
+        check(is_whole(getattr(owner, field), 1), owner, field, "a whole number above 0")
 
 
 def check_bools(owner: object, *fields: str) -> None:
@@ -42,6 +52,13 @@ def check_choices(owner: object, **choices: tuple[object, ...]) -> None:
     """Raises ConfigError unless each of these fields has one of the values given for it."""
     for field, right in choices.items():
         check(getattr(owner, field) in right, owner, field, f"one of {right}")
+
+
+def check_kinds(owner: object, **kinds: type) -> None:
+    """Raises ConfigError unless each of these fields is of the class given for it."""
+    for field, right in kinds.items():
+        fits = isinstance(getattr(owner, field), right)
+        check(fits, owner, field, f"of the class {right.__name__}")
 
 
 def check_eps(owner: object) -> None:

@@ -13,7 +13,6 @@ get gradients of exactly 0.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -23,6 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jvjepa.errors import ConfigError, InputError
+from jvjepa.fields import check, check_positive_ints, is_number, is_whole
 from jvjepa.parameters import stack_layers, unstack_layers
 from jvjepa.quantization import is_quantized
 from jvjepa.typing import Array, Params
@@ -57,37 +57,25 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        self._check(type(self.rank) is int and self.rank > 0, "rank", "a whole number above 0")
-        fits = _is_number(self.alpha) and self.alpha > 0
-        self._check(fits, "alpha", "a number above 0")
-        fits = _is_number(self.dropout) and 0 <= self.dropout < 1
-        self._check(fits, "dropout", "a number from 0 to below 1")
-        fits = _is_tuple(self.targets, str) and len(self.targets) > 0
-        self._check(fits, "targets", "a tuple of one or more regular expressions")
+        check_positive_ints(self, "rank")
+        check(is_number(self.alpha) and self.alpha > 0, self, "alpha", "a number above 0")
+        fits = is_number(self.dropout, 0) and self.dropout < 1
+        check(fits, self, "dropout", "a number from 0 to below 1")
+        fits = isinstance(self.targets, tuple) and len(self.targets) > 0
+        fits = fits and all(isinstance(target, str) for target in self.targets)
+        check(fits, self, "targets", "a tuple of one or more regular expressions")
         for target in self.targets:
             try:
                 re.compile(target)
             except re.error as error:
                 raise ConfigError(f"LoraConfig.targets: {target!r} is wrong: {error}") from None
         fits = self.layers is None or (
-            _is_tuple(self.layers, int)
-            and len(self.layers) > 0
-            and self.layers[0] >= 0
+            isinstance(self.layers, tuple)
+            and all(is_whole(layer) for layer in self.layers)
             and list(self.layers) == sorted(set(self.layers))
+            and len(self.layers) > 0
         )
-        self._check(fits, "layers", "None or a tuple of ascending layers, counted from 0")
-
-    def _check(self, ok: bool, field: str, right: str) -> None:
-        if not ok:
-            raise ConfigError(f"LoraConfig.{field} = {getattr(self, field)!r}; it must be {right}")
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_tuple(value: object, kind: type) -> bool:
-    return isinstance(value, tuple) and all(type(x) is kind for x in value)
+        check(fits, self, "layers", "None or a tuple of ascending layers, counted from 0")
 
 
 def factor_shapes(

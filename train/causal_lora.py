@@ -8,19 +8,20 @@ knowing what comes. What was before may begin before the teacher's clip, as it d
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
 from jvjepa.adapters import Adapters, base_sha256
 from jvjepa.encoder import Encoder, forward_flops
 from jvjepa.errors import ConfigError, TrainingError
+from jvjepa.fields import check, check_choices, check_kinds, is_whole
 from jvjepa.layers import Remat
 from jvjepa.lora import LoraConfig, init_lora, join, split, variables
 from jvjepa.quantization import Scheme, quantize
 from jvjepa.train.data import Batch, normalise
 from jvjepa.train.evaluation import Metrics, mean_over
-from jvjepa.train.feeding import DataConfig, options
+from jvjepa.train.feeding import DataConfig, check_clip, options
 from jvjepa.train.manifest import Manifest
 from jvjepa.train.optimizer import OptimizerConfig, make_optimizer
 from jvjepa.train.regression import RegressionConfig, fidelity, regression_loss
@@ -35,7 +36,7 @@ class CausalLoraConfig:
 
     Args:
         lora: which layers get adapters, and of what kind.
-        optimizer: how they change; group patterns see "encoder/blocks/attention/query/a".
+        optimizer: how they change; group patterns see "encoder/blocks_0/attention/query/a".
         data: what they learn from; a clip is encoded whole by the teacher, but for its past.
         window: tubelets that a token of the student sees, as in the stream that it is for.
         past: tubelets at the beginning of each clip that the student alone sees, and that are not
@@ -66,12 +67,16 @@ class CausalLoraConfig:
 
     def __post_init__(self) -> None:
         """Checks every field of its own."""
-        if type(self.window) is not int or self.window < 1:
-            raise ConfigError(f"window = {self.window!r}; it must be 1 tubelet or more")
-        if type(self.past) is not int or self.past < 0:
-            raise ConfigError(f"past = {self.past!r}; it must be 0 tubelets or more")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype = {self.dtype!r}; it must be one of {list(DTYPES)}")
+        check(is_whole(self.window, 1), self, "window", "1 tubelet or more")
+        check(is_whole(self.past), self, "past", "0 tubelets or more")
+        check_choices(
+            self,
+            quantize=(None, *get_args(Scheme)),
+            dtype=tuple(DTYPES),
+            remat=get_args(Remat),
+        )
+        check_kinds(self, lora=LoraConfig, optimizer=OptimizerConfig)
+        check_kinds(self, data=DataConfig, loss=RegressionConfig)
 
 
 def causal_lora_task(
@@ -114,7 +119,12 @@ def causal_lora_task(
         best = Best("validation/pooled_cosine", "max")
     return Task(
         name="causal-lora",
-        record={"base": base, **options(config, "data", "remat"), **config.data.record(manifest)},
+        record={
+            "base": base,
+            "encoder": dataclasses.asdict(encoder.config),
+            **options(config, "data", "remat"),
+            **config.data.record(manifest, validation),
+        },
         trained=trained,
         carried={},
         frozen={"base": params, "constants": constants},
@@ -130,13 +140,8 @@ def causal_lora_task(
 
 
 def _check(config: CausalLoraConfig, model: Model) -> None:
-    tubelet = model.config.encoder.tubelet_size
-    frames, least = config.data.clip.num_frames, (config.past + 2) * tubelet
-    if frames % tubelet or frames < least:
-        after = f", with past = {config.past}" if config.past else ""
-        raise ConfigError(
-            f"num_frames = {frames}; it must be a multiple of {tubelet}, and {least} or more{after}"
-        )
+    why = f", with past = {config.past}" if config.past else ""
+    check_clip(config.data.clip, model.config.encoder, config.past + 2, why)
     if model.encoder.config.has_areas and model.encoder.config.area_temporal_splits > 1:
         raise ConfigError("the encoder has areas over time, with which it cannot stream")
 

@@ -7,6 +7,7 @@ is given on the command line counts more.
 
 import dataclasses
 import functools
+import re
 import runpy
 from collections.abc import Sequence
 from importlib import resources
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 
 import jax
 import tyro
+from flax.traverse_util import flatten_dict
 from rich.console import Console
 
 from jvjepa import registry
@@ -24,13 +26,20 @@ from jvjepa.attention import Backend
 from jvjepa.config import ModelConfig
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.recording import save_json
+from jvjepa.records import CONFIG_FILE
 from jvjepa.train.causal_lora import CausalLoraConfig, causal_lora_task, trained_adapters
 from jvjepa.train.data import ClipConfig
 from jvjepa.train.distill import DistillConfig, distill_task, student
 from jvjepa.train.feature_cache import Features, open_or_make
-from jvjepa.train.finetune import FinetuneConfig, finetune_task, finetuned, with_classifier
+from jvjepa.train.finetune import (
+    FinetuneConfig,
+    finetune_task,
+    finetuned,
+    misfit,
+    with_classifier,
+)
 from jvjepa.train.frozen_features import FeatureConfig, FeaturePool, Stored, StreamConfig
-from jvjepa.train.loop import best_state, latest_state, train
+from jvjepa.train.loop import LoopConfig, best_state, latest_state, train
 from jvjepa.train.manifest import Manifest, read_manifest
 from jvjepa.train.mos_commands import Mos
 from jvjepa.train.neighbours import NeighbourConfig, neighbour_accuracy
@@ -38,12 +47,15 @@ from jvjepa.train.optimizer import ParameterGroup, freeze_first
 from jvjepa.train.pretrain import PretrainConfig, pretrain_task, pretrained
 from jvjepa.train.probe import (
     ProbeConfig,
+    ProbeLoop,
+    ProbeResult,
     accuracy_over_time,
     attach_probe,
     probe_result,
-    probe_steps,
     probe_task,
+    with_crop_size,
 )
+from jvjepa.train.probe_files import save_probe
 from jvjepa.train.running import Flat, Positional, Run
 from jvjepa.typing import Params
 from jvjepa.weights import Model, load, read_record, save
@@ -67,7 +79,7 @@ class _OfModel(Run):
     """START:END of the layers that have it, as 0:18; by default the first three quarters."""
 
     def load(self, *, scan: bool = True, lora: Path | None = None) -> Model:
-        """Loads the model, which must have float32 weights to train them."""
+        """Loads the model; its weights are as they are stored, float32 or bfloat16."""
         areas = parse_areas(self.area, self.area_layers)
         return load(self.model, attention=self.attention, scan=scan, areas=areas, lora=lora)
 
@@ -119,16 +131,29 @@ class Finetune(_OfModel):
 
     freeze: float = 0.0
     """Share of the encoder's blocks, from the first, that is frozen, and the patch embedding."""
+    freeze_regex: tuple[str, ...] = ()
+    """Regular expressions. Parameters are frozen, too, whose whole name one of them matches, as
+    encoder/blocks_0/mlp/fc1/kernel, encoder/norm/scale or classifier/linear/bias."""
+    new_classifier: bool = False
+    """Begin with a new classifier, even where that of the model fits the labels."""
     config: Annotated[FinetuneConfig, Flat] = dataclasses.field(default_factory=FinetuneConfig)
 
     def run(self, console: Console) -> int:
         """Trains and saves."""
-        model, (manifest, validation) = self.load(scan=not self.freeze), self.manifests()
+        scan = not (self.freeze or self.freeze_regex)
+        model, (manifest, validation) = self.load(scan=scan), self.manifests()
         config = self.config
-        if self.freeze:
-            config = _frozen_first(config, self.freeze, model.config.encoder.num_layers)
-        if model.classifier is None or model.config.classifier.labels != manifest.classes:
+        own = model.config.classifier
+        why = "--new-classifier" if self.new_classifier else misfit(model, manifest)
+        if why is not None:
             model = with_classifier(model, config, manifest, self.loop.seed)
+        if own is not None:
+            console.print(
+                f"the model's own classifier of {len(own.labels)} classes goes on"
+                if why is None
+                else f"a new classifier in place of the model's own: {why}"
+            )
+        config = _frozen(config, self.freeze, self.freeze_regex, model)
         task = finetune_task(model, config, manifest, validation, steps=self.loop.steps)
         state = self.train(task, self.out, console)
         if jax.process_index() == 0:
@@ -139,7 +164,7 @@ class Finetune(_OfModel):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probe(_OfModel):
-    """Train a grid of classifiers on frozen features: OUT/model, OUT/probe.json; --validation."""
+    """Train classifiers on frozen features: OUT/model or OUT/head, OUT/probe.json; --validation."""
 
     lora: Path | None = None
     """Adapters to merge into the weights first."""
@@ -159,9 +184,13 @@ class Probe(_OfModel):
     """Dtype of the features on disk, OUT/features."""
     workers: int = 0
     """Processes that read ahead."""
+    max_bad: float = 0.01
+    """Share of the clips of either set that may be unreadable; they are left out."""
     config: Annotated[ProbeConfig, tyro.conf.arg(name="probe")] = dataclasses.field(
         default_factory=ProbeConfig
     )
+    # Its steps and its seed are those of config: there is no option for them.
+    loop: Annotated[ProbeLoop, Flat] = dataclasses.field(default_factory=ProbeLoop)
 
     def run(self, console: Console) -> int:
         """Encodes, trains and saves."""
@@ -169,6 +198,8 @@ class Probe(_OfModel):
         if validation is None:
             raise InputError("--validation: the heads are compared on it; it must be given")
         model = self.load(lora=self.lora)
+        if self._of_whole_clips:  # before: with rope_grid = "config" the features depend on it
+            model = with_crop_size(model, self.clip.crop_size)
         middle = dataclasses.replace(self.clip, temporal="uniform", spatial="centre")
         views = tuple(
             dataclasses.replace(middle, view=i, views=self.views) for i in range(self.views)
@@ -180,11 +211,7 @@ class Probe(_OfModel):
                 ("validation", validation, views),
             )
         )
-        steps = probe_steps(self.config, training)
-        per_epoch = steps // self.config.epochs
-        loop = dataclasses.replace(
-            self.loop, steps=steps, seed=self.config.seed, save_every=per_epoch
-        )
+        loop = self.loop.of(self.config, training)
         task = probe_task(self.config, training, testing)
         train(task, loop, self.out / "run", resume=self.resume, console=console)
         step, state = best_state(task, loop, self.out / "run")
@@ -198,15 +225,28 @@ class Probe(_OfModel):
         }
         if self.window is not None and self.pool != "clip":
             record["accuracy_over_time"] = accuracy_over_time(result, testing).tolist()
+        if jax.process_index() == 0:
+            self._save(model, result, record, console)
+        return 0
+
+    @property
+    def _of_whole_clips(self) -> bool:
+        """Whether the head sees what the classifier of a model does, and can be one."""
+        whole = self.window is None and self.pool == "none" and self.config.sees != "tubelet"
+        return whole and self.config.kind == "attentive"
+
+    def _save(
+        self, model: Model, result: ProbeResult, record: dict[str, Any], console: Console
+    ) -> None:
         save_json(self.out / "probe.json", record)
         for name, value in record.items():
             console.print(f"{name}: {value}")
-        whole_clips = self.window is None and self.pool == "none" and self.config.sees != "tubelet"
-        if self.config.kind == "attentive" and whole_clips:
-            labels = manifest.classes or tuple(map(str, range(result.heads.classes)))
-            save(self.out / "model", attach_probe(model, result, labels), force=True)
+        if self._of_whole_clips:
+            save(self.out / "model", attach_probe(model, result, result.labels), force=True)
             console.print(f"model: {self.out / 'model'}, for jvjepa classify")
-        return 0
+        else:
+            save_probe(self.out / "head", result, force=True)
+            console.print(f"head: {self.out / 'head'}, for jvjepa.train.probe_files.load_probe")
 
     def _features(
         self,
@@ -225,8 +265,12 @@ class Probe(_OfModel):
         )
         folder = self.out / "features" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        how = {"batch_size": 8, "workers": self.workers, "console": console}
-        return open_or_make(folder, model, manifest, config, **how)
+        how = {"batch_size": 8, "workers": self.workers, "max_bad": self.max_bad}
+        features = open_or_make(folder, model, manifest, config, **how, console=console)
+        if features.bad and jax.process_index() == 0:
+            count = len(manifest) - len(features)
+            console.print(f"{features.source}: {count} clips cannot be read and are left out")
+        return features
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,8 +278,8 @@ class Pretrain(Run):
     """Pretrain V-JEPA 2 or 2.1 on videos without labels: OUT/model has teacher and predictor."""
 
     model: Positional[str]
-    """The architecture: the name of a release; a config.json; or a converted folder, to begin with
-    its weights."""
+    """The architecture: the name of a release; a file config.json; or a converted folder, to begin
+    with its weights."""
     manifest: Positional[Path]
     """The clips: a folder of videos; a .jsonl; or lines of path,start,end,label or path label."""
     out: Positional[Path]
@@ -247,10 +291,15 @@ class Pretrain(Run):
     cooldown: Path | None = None
     """The folder of a run of the same architecture, whose newest student and teacher to begin with.
     """
+    attention: Backend = "auto"
+    """Attention backend."""
     area: str | None = None
     """Area attention, SPATIALxTEMPORAL splits as 2x2."""
     area_layers: str | None = None
     """START:END of the layers that have it, as 0:18; by default the first three quarters."""
+    loop: Annotated[LoopConfig, Flat] = dataclasses.field(
+        default_factory=lambda: LoopConfig(steps=300_000)  # Meta's, as the schedules of the config
+    )
     config: Annotated[PretrainConfig, Flat, tyro.conf.AvoidSubcommands] = dataclasses.field(
         default_factory=PretrainConfig
     )
@@ -267,14 +316,14 @@ class Pretrain(Run):
             clip = dataclasses.replace(options.data.clip, num_frames=1)
             images = dataclasses.replace(options.data, clip=clip, batch_size=self.pictures_batch)
             options = dataclasses.replace(options, images=images)
-        make = functools.partial(
-            pretrain_task, config, options, read_manifest(self.manifest), pictures
-        )
-        task = make(steps=steps, seed=seed, **given)
+        parts = (config, options, read_manifest(self.manifest), pictures)
+        how = {"steps": steps, "seed": seed, "attention": self.attention}
+        make = functools.partial(pretrain_task, *parts, **how)
+        task = make(**given)
         if self.cooldown is not None:
             state = latest_state(task, self.loop, self.cooldown)
             teacher = state.carried["encoder"]
-            task = make(steps=steps, seed=seed, params=state.trained, teacher=teacher)
+            task = make(params=state.trained, teacher=teacher)
         state = self.train(task, self.out, console)
         if jax.process_index() == 0:
             save(self.out / "model", pretrained(config, state), force=True)
@@ -289,6 +338,8 @@ class Pretrain(Run):
             model = load(path)
             config, given = model.config, {"params": model.params}
         elif path.suffix == ".json":
+            if path.name != CONFIG_FILE:
+                raise InputError(f"{path}: an architecture is read of a file named {CONFIG_FILE}")
             config, _ = read_record(path.parent)
         else:
             config = registry.get(self.model).config
@@ -300,13 +351,32 @@ class Pretrain(Run):
         return ModelConfig(encoder=encoder, predictor=config.predictor), given
 
 
-def _frozen_first(config: FinetuneConfig, share: float, num_layers: int) -> FinetuneConfig:
-    groups = config.optimizer.groups or (ParameterGroup(pattern=".*"),)
-    groups = (freeze_first(share, num_layers), *groups)
-    optimizer = dataclasses.replace(config.optimizer, groups=groups)
+def _frozen(
+    config: FinetuneConfig, share: float, patterns: Sequence[str], model: Model
+) -> FinetuneConfig:
+    """Freezes the first blocks, and what patterns match, before what the groups say of the rest."""
+    still = [ParameterGroup(pattern=pattern, learning_rate=0.0) for pattern in patterns]
+    if share:
+        still.append(freeze_first(share, model.config.encoder.num_layers))
+    if not still:
+        return config
+    names = flatten_dict(model.params, sep="/")
+    groups, left = [], set(names)
+    for group in (*still, *(config.optimizer.groups or (ParameterGroup(pattern=".*"),))):
+        matched = {name for name in names if re.fullmatch(group.pattern, name)}
+        if matched and matched.isdisjoint(left):
+            continue  # all of it is frozen already; a group of which nothing is left is an error
+        groups.append(group)
+        if group in still:
+            left -= matched
+    optimizer = dataclasses.replace(config.optimizer, groups=tuple(groups))
     return dataclasses.replace(config, optimizer=optimizer)
 
 
+_PRESETS = (
+    "--preset NAME begins with the options of a known run: {}. --preset FILE.py takes them from a "
+    "Python file that defines config, and loop if it wants. Options that are given count more."
+)
 _KINDS = {
     "causal-lora": CausalLora,
     "distill": Distill,
@@ -339,40 +409,61 @@ def main(arguments: Sequence[str], console: Console) -> int:
         if kind in ("-h", "--help"):
             return 0
         raise InputError(f"train {kind}: there is no such kind; there are {', '.join(_KINDS)}")
-    preset, rest = _take_preset(list(arguments[1:]))
+    preset, rest = _take_preset(arguments[1:])
     default = None if preset is None else _preset(_KINDS[kind], preset)
-    command = tyro.cli(_KINDS[kind], prog=f"jvjepa train {kind}", args=rest, default=default)
+    command = tyro.cli(
+        _KINDS[kind],
+        prog=f"jvjepa train {kind}",
+        description=f"{_KINDS[kind].__doc__}\n{_PRESETS.format(', '.join(_preset_names()))}",
+        args=rest,
+        default=default,
+    )
     with command.processes.joined():
         return command.run(console)
 
 
-def _take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --preset, and the other arguments."""
-    if "--preset" not in arguments:
-        return None, arguments
-    i = arguments.index("--preset")
-    if i + 1 == len(arguments):
-        raise InputError("--preset: a name or a file has to follow")
-    return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+def _take_preset(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --preset, the last if there are several, and the other arguments."""
+    preset, others, left = None, [], iter(arguments)
+    for argument in left:
+        name, equals, value = argument.partition("=")
+        if name != "--preset":
+            others.append(argument)
+            continue
+        preset = value if equals else next(left, "")
+        if not preset:
+            raise InputError("--preset: a name or a file has to follow")
+    return preset, others
+
+
+def _preset_names() -> list[str]:
+    """The presets that come with jvjepa."""
+    known = resources.files("jvjepa.train.presets")
+    return sorted(p.name[:-3] for p in known.iterdir() if p.name[:1].islower())
 
 
 def _preset(kind: type[Any], name: str) -> Any:
     """The options of a kind, as a preset has them; what it cannot have is left to be given."""
     path = Path(name)
     if path.suffix != ".py":
-        known = resources.files("jvjepa.train.presets")
-        path = Path(str(known / f"{name}.py"))
+        path = Path(str(resources.files("jvjepa.train.presets") / f"{name}.py"))
         if not path.is_file():
-            names = sorted(p.name[:-3] for p in known.iterdir() if p.name[:1].islower())
-            raise InputError(f"--preset {name}: there is none; there are {', '.join(names)}")
+            names = ", ".join(_preset_names())
+            raise InputError(f"--preset {name}: there is none; there are {names}")
     if not path.is_file():
         raise InputError(f"--preset {path}: there is no such file")
-    given = runpy.run_path(str(path))
+    try:
+        given = runpy.run_path(str(path))
+    except Exception as error:  # whatever the code of a user may raise
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"--preset {path}: it raises {problem}") from error
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    right = type(fields["config"].default_factory())
-    if not isinstance(given.get("config"), right):
-        raise ConfigError(f"--preset {path}: it must define config, a {right.__name__}")
     values = {name: given[name] for name in ("config", "loop") if name in given}
+    for name, value in {"config": None, **values}.items():
+        right = type(fields[name].default_factory())
+        if not isinstance(value, right):
+            what = f"it must define {name}, a {right.__name__}"
+            raise ConfigError(f"--preset {path}: {what}, not {value!r:.80}")
     for name, field in fields.items():
         if field.default is field.default_factory is dataclasses.MISSING:
             values[name] = tyro.MISSING

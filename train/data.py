@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from jvjepa import video
 from jvjepa.config import EncoderConfig
 from jvjepa.decoding import index_file
-from jvjepa.errors import ConfigError, InputError, VideoError
+from jvjepa.errors import InputError, VideoError
+from jvjepa.fields import check, check_choices, check_positive_ints, is_number, is_whole
 from jvjepa.masks import Grid
 from jvjepa.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from jvjepa.train.augment import cut, random_window, view
@@ -41,7 +42,7 @@ _log = logging.getLogger(__name__)
 NOT_COUNTED = -1
 _Choice = Literal["random", "uniform"]
 _Crop = Literal["random", "centre"]
-_MAX_SEED = 2**32
+MAX_SEED = 2**32
 _ROUNDING = 0.002  # seconds that a file's end may be wrong by; Matroska has milliseconds
 _NAMED = 5  # files that an error names
 
@@ -86,22 +87,15 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        for name in ("num_frames", "crop_size", "clips", "views"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}; it must be 1 or more")
-        if not 0 < self.fps < math.inf:
-            raise ConfigError(f"fps = {self.fps}; it must be above 0")
-        for name, choices in (("temporal", get_args(_Choice)), ("spatial", get_args(_Crop))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}; it must be one of {choices}")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f"scale = {self.scale}; it must be two shares in (0, 1], growing")
-        if not 0 < self.aspect[0] <= self.aspect[1] < math.inf:
-            raise ConfigError(f"aspect = {self.aspect}; it must be two numbers above 0, growing")
-        if not 0 <= self.flip <= 1:
-            raise ConfigError(f"flip = {self.flip}; it must be a probability, 0 to 1")
-        if not 0 <= self.view < self.views:
-            raise ConfigError(f"view = {self.view}; it must be 0 to {self.views - 1}, below views")
+        check_positive_ints(self, "num_frames", "crop_size", "clips", "views")
+        check(is_number(self.fps) and self.fps > 0, self, "fps", "a number above 0")
+        check_choices(self, temporal=get_args(_Choice), spatial=get_args(_Crop))
+        fits = _is_range(self.scale) and self.scale[1] <= 1
+        check(fits, self, "scale", "a tuple of two shares in (0, 1], growing")
+        check(_is_range(self.aspect), self, "aspect", "a tuple of two numbers above 0, growing")
+        check(is_number(self.flip, 0, 1), self, "flip", "a probability, 0 to 1")
+        fits = is_whole(self.view) and self.view < self.views
+        check(fits, self, "view", f"0 to {self.views - 1}, below views")
 
     def grid(self, encoder: EncoderConfig) -> Grid:
         """The tubelets, rows and columns of a clip's tokens, (t, h, w)."""
@@ -111,6 +105,11 @@ class ClipConfig:
     def num_tokens(self, encoder: EncoderConfig) -> int:
         """How many tokens a clip has: N = t·h·w."""
         return math.prod(self.grid(encoder))
+
+
+def _is_range(value: object) -> bool:
+    pair = isinstance(value, tuple) and [is_number(x) for x in value] == [True, True]
+    return pair and 0 < value[0] <= value[1]
 
 
 class Batch(NamedTuple):
@@ -164,8 +163,8 @@ def batches(
     """
     count = len(manifest) * config.clips
     _check_sharing(batch_size, process_index, process_count, workers, max_bad)
-    if not 0 <= seed < _MAX_SEED:
-        raise InputError(f"seed = {seed}; it must be 0 to {_MAX_SEED - 1}")
+    if not 0 <= seed < MAX_SEED:
+        raise InputError(f"seed = {seed}; it must be 0 to {MAX_SEED - 1}")
     if step < 0:
         raise InputError(f"step = {step}; it must be 0 or more")
     steps = count // batch_size

@@ -6,7 +6,7 @@ streams as it was trained. The students are V-JEPA 2 encoders with rotary positi
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
@@ -14,11 +14,11 @@ from jvjepa.adapters import weights_sha256
 from jvjepa.config import EncoderConfig, ModelConfig
 from jvjepa.dense import Dense
 from jvjepa.encoder import Encoder, forward_flops
-from jvjepa.errors import ConfigError
+from jvjepa.fields import check, check_choices, check_kinds, is_whole
 from jvjepa.layers import Remat
 from jvjepa.train.data import Batch, normalise
 from jvjepa.train.evaluation import mean_over
-from jvjepa.train.feeding import DataConfig, options
+from jvjepa.train.feeding import DataConfig, check_clip, options
 from jvjepa.train.initialisation import init_params
 from jvjepa.train.manifest import Manifest
 from jvjepa.train.optimizer import OptimizerConfig, make_optimizer
@@ -66,12 +66,10 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         """Checks every field of its own."""
-        if self.size not in SIZES:
-            raise ConfigError(f"size = {self.size!r}; it must be one of {list(SIZES)}")
-        if self.window is not None and (type(self.window) is not int or self.window < 1):
-            raise ConfigError(f"window = {self.window!r}; it must be None, or 1 tubelet or more")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype = {self.dtype!r}; it must be one of {list(DTYPES)}")
+        check_choices(self, size=tuple(SIZES), dtype=tuple(DTYPES), remat=get_args(Remat))
+        fits = self.window is None or is_whole(self.window, 1)
+        check(fits, self, "window", "None, or 1 tubelet or more")
+        check_kinds(self, optimizer=OptimizerConfig, data=DataConfig, loss=RegressionConfig)
 
 
 def student_config(teacher: EncoderConfig, config: DistillConfig) -> EncoderConfig:
@@ -110,6 +108,7 @@ def distill_task(
     Raises:
         ConfigError: the clips do not fit the teacher.
     """
+    check_clip(config.data.clip, teacher.config.encoder)
     config_s = student_config(teacher.config.encoder, config)
     dtype = DTYPES[config.dtype]
     large = dataclasses.replace(teacher.encoder, dtype=dtype)
@@ -143,8 +142,9 @@ def distill_task(
         name="distill",
         record={
             "teacher": digest,
+            "encoder": dataclasses.asdict(large.config),
             **options(config, "data", "remat"),
-            **config.data.record(manifest),
+            **config.data.record(manifest, validation),
         },
         trained=params,
         carried={},

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from einops import rearrange
 from numpy.typing import NDArray
 from rich.console import Console
@@ -30,17 +31,16 @@ from rich.progress import track
 
 from jvjepa.adapters import weights_sha256
 from jvjepa.config import EncoderConfig, ModelConfig
-from jvjepa.errors import ConfigError, InputError
+from jvjepa.errors import ConfigError, InputError, TrainingError
 from jvjepa.storage import check_free, new_folder
-from jvjepa.train.data import Batch, ClipConfig, evaluation_batches
+from jvjepa.train.data import Batch, evaluation_batches
 from jvjepa.train.frozen_features import (
     DTYPES,
     FeatureConfig,
-    StreamConfig,
     check_frames,
     encode,
 )
-from jvjepa.train.manifest import NO_LABEL, DataError, Manifest
+from jvjepa.train.manifest import NO_LABEL, DataError, Manifest, count_labels, few
 from jvjepa.weights import Model
 
 CONFIG_FILE = "config.json"
@@ -49,7 +49,8 @@ LABELS_FILE = "labels.npy"
 IDS_FILE = "ids.npy"
 FORMAT = "jvjepa-features-1"
 
-_NAMED = 5  # rows, or differences, that an error names
+_NAMED = 5  # differences that an error names
+_PATIENCE = 30 * 24 * 3600  # seconds; should process 0 end, JAX ends the others at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,15 +99,20 @@ def open_or_make(
 ) -> Features:
     """Opens the cache if there is one, and else makes it; see `make_features`.
 
+    Of several processes all have to call it, with a folder that all see: process 0 makes the cache,
+    and the others wait for it.
+
     Raises:
         DataError: the cache is damaged, or was made of something else; the message says of what.
+        TrainingError: another process has died.
     """
-    if not os.path.lexists(folder):
+    wanted = _flat(_made_of(model, manifest, config))  # it takes time: here, while others encode
+    if jax.process_index() == 0 and not os.path.lexists(folder):
         options = {"batch_size": batch_size, "workers": workers, "max_bad": max_bad}
         make_features(folder, model, manifest, config, **options, console=console)
-        return open_features(folder)
+    _wait_for_all("features")
     features = open_features(folder)
-    found, wanted = _flat(features.made_of), _flat(_made_of(model, manifest, config))
+    found = _flat(features.made_of)
     keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if keys:
         named = [f"{key} = {found.get(key)}, not {wanted.get(key)}" for key in keys[:_NAMED]]
@@ -116,6 +122,17 @@ def open_or_make(
             "choose another folder, or remove this one"
         )
     return features
+
+
+def _wait_for_all(name: str) -> None:
+    """Waits until all processes are here, on the host: a collective may give up after 30 s."""
+    try:
+        ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * _PATIENCE)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingError(
+            f"another process of the run has died ({reason}); start all again"
+        ) from error
 
 
 def make_features(
@@ -224,7 +241,7 @@ def open_features(folder: str | Path) -> Features:
         raise DataError(f"{path} is not of format {FORMAT!r}")
     try:
         made_of, shape = record["made_of"], tuple(record["shape"])
-        config = _config_from_json(made_of["config"])
+        config = FeatureConfig.from_json(made_of["config"])
         encoder = ModelConfig.from_json({"encoder": made_of["architecture"]}).encoder
         named = {"source": record["source"], "bad": record["bad"]}
         classes = tuple(record["classes"])
@@ -256,16 +273,14 @@ def count_classes(features: Features) -> int:
         DataError: a video has no label, or labels are left out.
     """
     _check_labelled(features)
-    counts = np.bincount(features.labels)
-    missing = np.flatnonzero(counts == 0)
-    if len(missing):
-        row = features.ids[features.labels.argmax()]
-        left_out = f" ({len(features.bad)} files could not be read)" if features.bad else ""
+    unread = f" ({len(features.bad)} files could not be read)" if features.bad else ""
+    count = count_labels(features.source, features.labels, features.ids, unread)
+    if features.classes and len(features.classes) != count:
         raise DataError(
-            f"{features.source}: labels must be 0, 1, 2, .. without a gap; the largest is "
-            f"{len(counts) - 1}, of row {row}, but no row has {_list(missing)}{left_out}"
+            f"{features.source}: has {len(features.classes)} classes, but no row of "
+            f"{few(features.classes[count:])}{unread}"
         )
-    return len(counts)
+    return count
 
 
 def check_classes(features: Features, classes: int) -> None:
@@ -274,8 +289,8 @@ def check_classes(features: Features, classes: int) -> None:
     beyond = features.labels >= classes
     if beyond.any():
         raise DataError(
-            f"{features.source}: rows {_list(features.ids[beyond])} have the labels "
-            f"{_list(features.labels[beyond])}; the training set has 0 to {classes - 1}"
+            f"{features.source}: rows {few(features.ids[beyond])} have the labels "
+            f"{few(features.labels[beyond])}; the training set has 0 to {classes - 1}"
         )
 
 
@@ -302,13 +317,8 @@ def _check_labelled(features: Features) -> None:
     without = features.ids[features.labels == NO_LABEL]
     if len(without):
         raise DataError(
-            f"{features.source}: rows {_list(without)} have no label; a probe needs one of each"
+            f"{features.source}: rows {few(without)} have no label; a probe needs one of each"
         )
-
-
-def _list(values: NDArray[np.integer]) -> str:
-    more = ", .." if len(values) > _NAMED else ""
-    return ", ".join(map(str, values[:_NAMED].tolist())) + more
 
 
 # What a cache is made of
@@ -339,15 +349,6 @@ def _flat(record: Any, name: str = "") -> dict[str, Any]:
     items = record.items() if isinstance(record, dict) else enumerate(record)
     leaves = (_flat(value, f"{name}.{key}" if name else str(key)) for key, value in items)
     return {key: leaf for part in leaves for key, leaf in part.items()}
-
-
-def _config_from_json(values: Mapping[str, Any]) -> FeatureConfig:
-    def tuples(some: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: tuple(x) if isinstance(x, list) else x for key, x in some.items()}
-
-    views = tuple(ClipConfig(**tuples(view)) for view in values["views"])
-    stream = None if values["stream"] is None else StreamConfig(**values["stream"])
-    return FeatureConfig(**{**tuples(values), "views": views, "stream": stream})
 
 
 def _next(loaders: list[Iterator[Batch]]) -> list[Batch]:

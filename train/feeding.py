@@ -8,7 +8,9 @@ from typing import Any
 import grain
 import jax
 
-from jvjepa.train.data import Batches, ClipConfig, batches, evaluation_batches
+from jvjepa.config import EncoderConfig
+from jvjepa.fields import check, check_kinds, check_positive_ints, is_number, is_whole
+from jvjepa.train.data import MAX_SEED, Batches, ClipConfig, batches, evaluation_batches
 from jvjepa.train.manifest import Manifest
 from jvjepa.train.task import Feed
 
@@ -26,6 +28,23 @@ def options(config: Any, *without: str) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in without}
 
 
+def check_clip(clip: ClipConfig, encoder: EncoderConfig, tubelets: int = 1, why: str = "") -> None:
+    """Raises ConfigError unless a clip can be cut into whole tubelets and patches.
+
+    Args:
+        clip: gives its frames, and the side of its square.
+        encoder: gives the sizes of tubelet and patch.
+        tubelets: the fewest that it must have.
+        why: what to say of that number.
+    """
+    size, patch = encoder.tubelet_size, encoder.patch_size
+    fits = clip.num_frames % size == 0 and clip.num_frames >= tubelets * size
+    right = f"a multiple of {size}, and {tubelets * size} or more{why}"
+    check(fits, clip, "num_frames", right)
+    right = f"a multiple of the encoder's patch, {patch}"
+    check(clip.crop_size % patch == 0, clip, "crop_size", right)
+
+
 @contextlib.contextmanager
 def reading(batches: grain.MapDataset) -> Iterator[grain.DatasetIterator]:
     """Reads batches of what lies in memory or in maps of files, two ahead, until it is closed."""
@@ -37,14 +56,17 @@ def reading(batches: grain.MapDataset) -> Iterator[grain.DatasetIterator]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """How a manifest becomes batches; values are checked where they are used.
+    """How a manifest becomes batches.
 
     Args:
         clip: how clips are taken out of videos.
         batch_size: clips of a batch, over all processes.
-        seed: of which clips a batch has, and of what is random in them.
+        seed: of which clips a batch has, and of what is random in them, 0 to 2^32 - 1.
         workers: processes that read ahead, for each process that trains; 0 reads in a thread.
         max_bad: the share of clips of an epoch that may be unreadable; above it the run stops.
+
+    Raises:
+        ConfigError: a value is impossible.
     """
 
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
@@ -52,6 +74,15 @@ class DataConfig:
     seed: int = 0
     workers: int = 0
     max_bad: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Checks every field; what goes with the number of processes is checked where they are."""
+        check_kinds(self, clip=ClipConfig)
+        check_positive_ints(self, "batch_size")
+        fits = is_whole(self.seed) and self.seed < MAX_SEED
+        check(fits, self, "seed", f"a whole number, 0 to {MAX_SEED - 1}")
+        check(is_whole(self.workers), self, "workers", "a whole number, 0 or more")
+        check(is_number(self.max_bad, 0, 1), self, "max_bad", "a share, 0 to 1")
 
     def feed(self, manifest: Manifest) -> Feed:
         """The batches of a training run."""
@@ -84,7 +115,7 @@ class DataConfig:
             max_bad=self.max_bad,
         )
 
-    def record(self, manifest: Manifest) -> dict[str, Any]:
+    def record(self, manifest: Manifest, validation: Manifest | None = None) -> dict[str, Any]:
         """What decides which clips there are; how many workers read them does not."""
         clip = dataclasses.asdict(self.clip)
         return {
@@ -92,4 +123,5 @@ class DataConfig:
             "batch_size": self.batch_size,
             "data_seed": self.seed,
             "manifest": manifest.digest,
+            "validation": None if validation is None else validation.digest,
         }

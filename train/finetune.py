@@ -4,20 +4,27 @@ What stands still is said by groups of the optimizer (`jvjepa.train.optimizer`):
 the first blocks by `freeze_first`. Arrays that are frozen as a whole have neither gradients nor a
 place in the checkpoints; with `load(scan=False)`, where every block has arrays of its own, nothing
 below the lowest trained block costs a backward pass.
+
+Whatever dtype a model is stored in, it is trained and saved in float32: the changes of a step are
+smaller than what bfloat16 can tell apart. What is saved says the size of the clips that it was
+trained on.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jvjepa.adapters import weights_sha256
-from jvjepa.config import ClassifierConfig
+from jvjepa.config import ClassifierConfig, ModelConfig
 from jvjepa.encoder import forward_flops
 from jvjepa.errors import ConfigError
+from jvjepa.fields import check, check_choices, check_kinds, check_positive_ints, is_number
 from jvjepa.heads import Classifier
 from jvjepa.layers import Remat
 from jvjepa.parameters import unstack_layers
@@ -26,7 +33,13 @@ from jvjepa.train.data import Batch, normalise
 from jvjepa.train.evaluation import mean_over
 from jvjepa.train.feeding import DataConfig, options
 from jvjepa.train.initialisation import init_params
-from jvjepa.train.manifest import DataError, Manifest
+from jvjepa.train.manifest import (
+    DataError,
+    Manifest,
+    check_same_classes,
+    count_labels,
+    few,
+)
 from jvjepa.train.optimizer import OptimizerConfig, divide, make_optimizer
 from jvjepa.train.task import Best, State, Task
 from jvjepa.typing import Array, Params
@@ -41,8 +54,8 @@ class FinetuneConfig:
         optimizer: groups with a learning rate of 0 are frozen; patterns see "encoder/blocks_0/.."
             and "classifier/..".
         data: what it learns from; a mirrored clip has the label of the clip.
-        num_layers: self-attention blocks of the classifier's pooler.
-        num_heads: attention heads of the pooler.
+        num_layers: self-attention blocks of a new classifier's pooler.
+        num_heads: attention heads of that pooler.
         smoothing: share of the target that all classes have alike, 0 to below 1.
         dtype: of the computation.
         remat: what is computed anew for the gradient, see `jvjepa.Encoder`.
@@ -64,11 +77,37 @@ class FinetuneConfig:
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        """Checks the fields that nothing else does."""
-        if not 0 <= self.smoothing < 1:
-            raise ConfigError(f"smoothing = {self.smoothing!r}; it must be 0 to below 1")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype = {self.dtype!r}; it must be one of {list(DTYPES)}")
+        """Checks every field of its own."""
+        check_kinds(self, optimizer=OptimizerConfig, data=DataConfig)
+        check_positive_ints(self, "num_layers", "num_heads")
+        fits = is_number(self.smoothing, 0) and self.smoothing < 1
+        check(fits, self, "smoothing", "0 to below 1")
+        check_choices(self, dtype=tuple(DTYPES), remat=get_args(Remat))
+
+
+def misfit(model: Model, manifest: Manifest) -> str | None:
+    """Says why the classifier of a model cannot learn a manifest's labels.
+
+    Labels without names are taken for those of the classifier if it has as many classes; nothing
+    tells whether they mean the same.
+
+    Args:
+        model: with a classifier or without.
+        manifest: with labels.
+
+    Returns:
+        The reason, or None where the classifier can be trained on.
+    """
+    if model.config.classifier is None:
+        return "the model has no classifier"
+    own, classes = model.config.classifier.labels, manifest.classes
+    highest = int(manifest.labels.max())
+    if classes and classes != own:
+        theirs, its = (f"{len(names)} classes ({few(names)})" for names in (classes, own))
+        return f"{manifest.source} has {theirs}, the model's classifier {its}"
+    if highest >= len(own):
+        return f"{manifest.source} has label {highest}, the model's classifier {len(own)} classes"
+    return None
 
 
 def with_classifier(model: Model, config: FinetuneConfig, manifest: Manifest, seed: int) -> Model:
@@ -77,42 +116,34 @@ def with_classifier(model: Model, config: FinetuneConfig, manifest: Manifest, se
     Args:
         model: a loaded checkpoint.
         config: the classifier's depth and heads.
-        manifest: with labels.
+        manifest: with labels; without names of the classes every label from 0 on must be there.
         seed: of the initial weights.
 
     Returns:
-        The encoder and the classifier.
+        The encoder and the classifier, float32, for clips of the configuration's size.
 
     Raises:
-        DataError: the manifest has no labels.
-        ConfigError: the classifier does not fit the encoder.
+        DataError: the manifest has no labels, or leaves some out.
+        ConfigError: the classifier or the clips do not fit the encoder, or the model is quantized.
     """
     if not manifest.labelled:
         raise DataError(f"{manifest.source}: has no labels, and a classifier needs them")
-    count = int(manifest.labels.max()) + 1
+    labels = manifest.classes
+    if not labels:
+        count = count_labels(manifest.source, manifest.labels, np.arange(len(manifest)))
+        labels = tuple(map(str, range(count)))
     head = ClassifierConfig(
-        labels=manifest.classes or tuple(str(i) for i in range(count)),
+        labels=labels,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         layer_norm_eps=1e-5,
-        frames_per_clip=config.data.clip.num_frames,
     )
-    plain = dataclasses.replace(
-        model.config, classifier=head, predictor=None, anticipator=None, action_predictor=None
-    )
+    plain = ModelConfig(encoder=model.config.encoder, classifier=head)
     params = init_params(plain, jax.random.key(seed))["classifier"]
     if not model.encoder.scan:
         params = unstack_layers(params)
-    how = (model.encoder.dtype, model.encoder.param_dtype)
-    return Model(
-        config=plain,
-        encoder=model.encoder,
-        classifier=Classifier(
-            head, plain.encoder, *how, model.encoder.attention, model.encoder.scan
-        ),
-        params={"encoder": model.params["encoder"], "classifier": params},
-        source=model.source,
-    )
+    params = {"encoder": model.params["encoder"], "classifier": params}
+    return _trainable(dataclasses.replace(model, config=plain, params=params), config)
 
 
 def finetune_task(
@@ -126,7 +157,8 @@ def finetune_task(
     """Sets up the training.
 
     Args:
-        model: with a classifier of the manifest's classes, see `with_classifier`; float32.
+        model: with a classifier of the manifest's classes, see `misfit` and `with_classifier`;
+            its other parts are left out.
         config: what is trained.
         manifest: clips to learn from, with labels.
         validation: clips to measure on, at every checkpoint, and to choose the best one by.
@@ -136,16 +168,16 @@ def finetune_task(
         The task; `finetuned` makes a model of its result.
 
     Raises:
-        ConfigError: the groups do not fit the parameters, or these are quantized.
+        ConfigError: the groups do not fit the parameters, the clips do not fit the encoder, or the
+            weights are quantized.
         DataError: a manifest has no labels, or such as the classifier does not have.
     """
-    if any(is_quantized(leaf) for leaf in flatten_dict(model.params).values()):
-        raise ConfigError(
-            "the model's weights are quantized, which cannot be trained; take the floating-point "
-            "ones, or train adapters: jvjepa train causal-lora"
-        )
+    model = _trainable(model, config)
     for labelled in (manifest, *([] if validation is None else [validation])):
         _check_labels(labelled, model)
+    if validation is not None:
+        names = (manifest.source, manifest.classes, validation.source, validation.classes)
+        check_same_classes(*names)
     dtype = DTYPES[config.dtype]
     encoder = dataclasses.replace(model.encoder, dtype=dtype, remat=config.remat)
     classifier = dataclasses.replace(model.classifier, dtype=dtype)
@@ -153,9 +185,16 @@ def finetune_task(
     if not trained:
         raise ConfigError("OptimizerConfig.groups: all parameters are frozen")
 
+    layers = model.config.classifier.layers
+
     def logits(trained: Params, frozen: Params, batch: Batch) -> Array:
         params = _merge(trained, frozen)
-        tokens = encoder.apply({"params": params["encoder"]}, normalise(batch.video, dtype))
+        given = {"params": params["encoder"]}, normalise(batch.video, dtype)
+        if layers:  # as `jvjepa classify` gives them
+            tokens = encoder.apply(*given, method="levels", layers=layers)
+            tokens = rearrange(tokens, "l b t d -> b (l t) d")
+        else:
+            tokens = encoder.apply(*given)
         scores = classifier.apply({"params": params["classifier"]}, tokens)
         return scores.astype(jnp.float32)
 
@@ -177,9 +216,9 @@ def finetune_task(
         name="finetune",
         record={
             "model": model.config.to_json(),
-            "frozen": weights_sha256(frozen) if frozen else "",
+            "weights": weights_sha256(model.params),
             **options(config, "data", "remat", "num_layers", "num_heads"),  # these are in model
-            **config.data.record(manifest),
+            **config.data.record(manifest, validation),
         },
         trained=trained,
         carried={},
@@ -203,10 +242,48 @@ def finetuned(model: Model, task: Task, state: State) -> Model:
         state: its result.
 
     Returns:
-        The model, with trained weights.
+        Its encoder and its classifier as they were trained: float32, with the size of the clips.
     """
-    params = _merge(jax.device_get(state.trained), task.frozen)
-    return dataclasses.replace(model, params=params)
+    config = ModelConfig.from_json(task.record["model"])
+    return _built(model, config, _merge(jax.device_get(state.trained), task.frozen))
+
+
+def _trainable(model: Model, config: FinetuneConfig) -> Model:
+    """The encoder and the classifier of a model, if it has one, as they are trained and saved.
+
+    The size of the clips is set before the training and not when it is saved: with
+    `rope_grid = "config"` the places of the tokens follow from it.
+    """
+    if any(is_quantized(leaf) for leaf in flatten_dict(model.params).values()):
+        raise ConfigError(
+            "the model's weights are quantized, which cannot be trained; take the floating-point "
+            "ones, or train adapters: jvjepa train causal-lora"
+        )
+    clip, head = config.data.clip, model.config.classifier
+    frames = {"frames_per_clip": clip.num_frames}
+    sized = ModelConfig(
+        encoder=dataclasses.replace(model.config.encoder, crop_size=clip.crop_size, **frames),
+        classifier=None if head is None else dataclasses.replace(head, **frames),
+    )
+    parts = ("encoder",) if head is None else ("encoder", "classifier")
+    params = {part: model.params[part] for part in parts}
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    return _built(model, sized, params)
+
+
+def _built(model: Model, config: ModelConfig, params: Params) -> Model:
+    """A model of this configuration and of float32 parameters, which runs as the given one."""
+    how = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    encoder = dataclasses.replace(model.encoder, config=config.encoder, **how)
+    alike = {"attention": encoder.attention, "scan": encoder.scan, **how}
+    head = config.classifier
+    return Model(
+        config=config,
+        encoder=encoder,
+        classifier=None if head is None else Classifier(head, config.encoder, **alike),
+        params=params,
+        source=model.source,
+    )
 
 
 def _merge(trained: Params, frozen: Params) -> Params:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,17 @@ class FeatureConfig:
     def clip(self) -> ClipConfig:
         """The first view; what it says of sizes holds for all."""
         return self.views[0]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "FeatureConfig":
+        """Builds it from its JSON form, which `dataclasses.asdict` makes."""
+
+        def tuples(some: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: tuple(x) if isinstance(x, list) else x for key, x in some.items()}
+
+        views = tuple(ClipConfig(**tuples(view)) for view in values["views"])
+        stream = None if values["stream"] is None else StreamConfig(**values["stream"])
+        return cls(**{**tuples(values), "views": views, "stream": stream})
 
 
 def _check(ok: bool, owner: object, field: str, right: str) -> None:

@@ -42,6 +42,7 @@ _COLUMNS = ("path", "start", "end", "label")
 _FORMS = "`path label` or `path,start,end,label`"
 _META = re.compile(r"(.+)(?:::|\s)\s*(\S+)")
 _LARGEST_LABEL = 2**31 - 1
+_NAMED = 5  # of many values, those that a message names
 
 
 class DataError(InputError):
@@ -248,6 +249,58 @@ def _span(row: _Row) -> tuple[float, float]:
     return start, end
 
 
+def few(values: Sequence[Any] | NDArray[Any]) -> str:
+    """The first of many values, for a message."""
+    return ", ".join(map(str, values[:_NAMED])) + (", .." if len(values) > _NAMED else "")
+
+
+def check_same_classes(
+    source: str, classes: tuple[str, ...], other: str, others: tuple[str, ...]
+) -> None:
+    """Raises DataError where two sets number different classes; without names nobody knows.
+
+    Args:
+        source: of the set that is learned from.
+        classes: its names of the labels, or ().
+        other: the set that is measured on.
+        others: its names of the labels, or ().
+    """
+    if classes and others and classes != others:
+        raise DataError(
+            f"{other}: its classes are {few(others)}, and those of {source} {few(classes)}; labels "
+            "are their numbers, so that both must have the same ones, each with a clip or more"
+        )
+
+
+def count_labels(
+    source: str, labels: NDArray[np.int32], rows: NDArray[np.integer], hint: str = ""
+) -> int:
+    """Counts the classes that there are to learn.
+
+    Args:
+        source: where the labels are from; the message begins with it.
+        labels: int32 [n], one of every clip.
+        rows: int [n], which rows of the source the clips are.
+        hint: the end of the message, why a label may be missing.
+
+    Returns:
+        How many; the labels are 0 to one less, and each is there.
+
+    Raises:
+        DataError: labels are left out.
+    """
+    found = np.unique(labels)
+    largest = int(found[-1])
+    if largest + 1 != len(found):
+        # Not all that are missing, which a label with a digit too many makes very many.
+        some = np.arange(min(largest, len(found) + _NAMED + 1))
+        raise DataError(
+            f"{source}: labels must be 0, 1, 2, .. without a gap; the largest is {largest}, of row "
+            f"{rows[labels.argmax()]}, but no row has {few(np.setdiff1d(some, found))}{hint}"
+        )
+    return len(found)
+
+
 def _labels(rows: Sequence[_Row]) -> NDArray[np.int32]:
     """int32 [n]; all have a label or none."""
     labels = np.full(len(rows), NO_LABEL, np.int32)
@@ -364,6 +417,5 @@ def _describe_labels(manifest: Manifest) -> str:
     there, missing = counts[counts > 0], np.flatnonzero(counts == 0)
     text = f"{len(there)} labels, {there.min()} to {there.max()} clips each"
     if len(missing):
-        few = ", ".join(map(str, missing[:5].tolist())) + (", ..." if len(missing) > 5 else "")
-        text += f"; {len(missing)} below the largest ({len(counts) - 1}) have none: {few}"
+        text += f"; {len(missing)} below the largest ({len(counts) - 1}) have none: {few(missing)}"
     return text

@@ -14,9 +14,9 @@ one program, whose loss is the average.
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from numpy.typing import NDArray
 
+from jvjepa.adapters import weights_sha256
+from jvjepa.attention import Backend
 from jvjepa.config import EncoderConfig, ModelConfig
 from jvjepa.encoder import Encoder, check_video
 from jvjepa.errors import ConfigError
+from jvjepa.fields import check, check_bools, check_choices, check_kinds, is_number, is_whole
 from jvjepa.layers import Remat
 from jvjepa.masks import IMAGE_MASKS, VIDEO_MASKS, Grid, MaskConfig
 from jvjepa.parameters import parameter_shapes
@@ -99,30 +102,29 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Checks every field of its own."""
-        _check(0 < self.image_share < 1, self, "image_share", "a number above 0 and below 1")
+        check_kinds(self, optimizer=OptimizerConfig, data=DataConfig)
+        fits = self.images is None or isinstance(self.images, DataConfig)
+        check(fits, self, "images", "None or of the class DataConfig")
+        fits = is_number(self.image_share) and 0 < self.image_share < 1
+        check(fits, self, "image_share", "a number above 0 and below 1")
         for name in ("video_masks", "image_masks"):
             masks = getattr(self, name)
             fits = isinstance(masks, tuple) and all(isinstance(mask, MaskConfig) for mask in masks)
-            _check(fits and len(masks) > 0, self, name, "a tuple of one or more MaskConfig")
-        _check(0 <= self.mask_quantile <= 1, self, "mask_quantile", "a share, 0 to 1")
-        fits = type(self.mask_index) is int and self.mask_index >= 0
-        _check(fits, self, "mask_index", "a whole number, 0 or more")
+            check(fits and len(masks) > 0, self, name, "a tuple of one or more MaskConfig")
+        check(is_whole(self.mask_index), self, "mask_index", "a whole number, 0 or more")
         for name in ("context_weight", "image_context_weight"):
-            _check(0 <= getattr(self, name) < math.inf, self, name, "a number, 0 or more")
-        if self.context_ramp is not None:
-            whole = [type(step) is int for step in self.context_ramp] == [True, True]
-            fits = whole and 0 <= self.context_ramp[0] < self.context_ramp[1]
-            _check(fits, self, "context_ramp", "None or two steps (start, end), start below end")
-        _check(0 <= self.momentum <= 1, self, "momentum", "a share, 0 to 1")
-        fits = self.final_momentum is None or self.momentum <= self.final_momentum <= 1
-        _check(fits, self, "final_momentum", f"None, or {self.momentum} to 1")
-        _check(self.dtype in DTYPES, self, "dtype", f"one of {list(DTYPES)}")
-
-
-def _check(ok: bool, config: PretrainConfig, field: str, right: str) -> None:
-    if not ok:
-        value = getattr(config, field)
-        raise ConfigError(f"PretrainConfig.{field} = {value!r}; it must be {right}")
+            check(is_number(getattr(self, name), 0), self, name, "a number, 0 or more")
+        ramp = self.context_ramp
+        if ramp is not None:
+            fits = isinstance(ramp, tuple) and [is_whole(step) for step in ramp] == [True, True]
+            fits = fits and ramp[0] < ramp[1]
+            check(fits, self, "context_ramp", "None or two steps (start, end), start below end")
+        check_bools(self, "distance_weighting")
+        for name in ("mask_quantile", "momentum"):
+            check(is_number(getattr(self, name), 0, 1), self, name, "a share, 0 to 1")
+        fits = self.final_momentum is None or is_number(self.final_momentum, self.momentum, 1)
+        check(fits, self, "final_momentum", f"None, or {self.momentum} to 1")
+        check_choices(self, dtype=tuple(DTYPES), remat=get_args(Remat))
 
 
 class Clips(NamedTuple):
@@ -147,6 +149,7 @@ def pretrain_task(
     seed: int = 0,
     params: Params | None = None,
     teacher: Params | None = None,
+    attention: Backend = "auto",
 ) -> Task:
     """Sets up the training.
 
@@ -163,33 +166,42 @@ def pretrain_task(
         seed: of the initial parameters.
         params: {"encoder", "predictor"} to begin with, blocks stacked; None draws them.
         teacher: parameters of an encoder to begin with; None takes the student's.
+        attention: the attention backend, see `jvjepa.attention.resolve`.
 
     Returns:
         The task.
 
     Raises:
-        ConfigError: the parts do not fit together, or masks do not fit the clips.
+        ConfigError: the parts do not fit together, masks do not fit the clips, or schedules do not
+            fit the steps.
         InputError: clips cannot be cut into patches.
         CheckpointError: parameters do not fit the model.
     """
     _check_parts(model, config, images)
-    params = init_params(model, jax.random.key(seed)) if params is None else params
+    _check_ramp(model, config, steps)
+    draw, key = functools.partial(init_params, model), jax.random.key(seed)
+    # What may raise comes first: the parameters of a large model take minutes.
+    shapes = jax.eval_shape(draw, key)
+    shapes = {part: shapes[part] for part in ("encoder", "predictor")}
+    optimizer = make_optimizer(config.optimizer, shapes, steps=steps)
+    video, image = make_branches(model, config, attention)
+    given = {"params": params, "teacher": teacher}
+    params = draw(key) if params is None else params
     trained = {part: params.get(part, {}) for part in ("encoder", "predictor")}
     carried = {"encoder": trained["encoder"] if teacher is None else teacher}
     trained, carried = _checked("params", trained, model), _checked("teacher", carried, model)
-    video, image = make_branches(model, config)
     flops = video.flops
     if image is not None:
         flops += image.flops * config.images.batch_size / config.data.batch_size
     return Task(
         name="pretrain",
-        record=_record(model, config, manifest, images),
+        record=_record(model, config, manifest, images, given),
         trained=trained,
         carried=carried,
         frozen={},
         loss=make_loss(video, image, config.image_share),
         follow=make_follow(config, steps),
-        optimizer=make_optimizer(config.optimizer, trained, steps=steps),
+        optimizer=optimizer,
         feed=_feed(config, manifest, images),
         flops=flops,
         dtype=DTYPES[config.dtype],
@@ -212,7 +224,7 @@ def _check_parts(model: ModelConfig, config: PretrainConfig, images: Manifest | 
             "channels"
         )
     right = f"below the predictor's number of mask tokens, {predictor.num_mask_tokens}"
-    _check(config.mask_index < predictor.num_mask_tokens, config, "mask_index", right)
+    check(config.mask_index < predictor.num_mask_tokens, config, "mask_index", right)
     if (config.images is None) != (images is None):
         missing = "images" if images is None else "PretrainConfig.images"
         raise ConfigError(f"{missing} = None; pictures need both a manifest and a configuration")
@@ -221,6 +233,18 @@ def _check_parts(model: ModelConfig, config: PretrainConfig, images: Manifest | 
         raise ConfigError(f"ClipConfig.num_frames = {frames} of images; it must be 1")
     if config.data.clip.num_frames == 1:
         raise ConfigError("ClipConfig.num_frames = 1 of clips; it must be a multiple of a tubelet")
+
+
+def _check_ramp(model: ModelConfig, config: PretrainConfig, steps: int) -> None:
+    """Raises where there is a loss on visible tokens that would never count."""
+    weights = [config.context_weight]
+    if config.images is not None:
+        weights.append(config.image_context_weight)
+    ramp = config.context_ramp
+    if ramp is not None and any(weights) and model.predictor.context_projection:
+        right = f"None, or begin before the last of steps = {steps}"
+        why = "else the loss on visible tokens never counts"
+        check(ramp[0] < steps - 1, config, "context_ramp", f"{right}; {why}")
 
 
 def _checked(where: str, parts: Params, model: ModelConfig) -> Params:
@@ -248,12 +272,12 @@ def clip_grid(encoder: EncoderConfig, clip: ClipConfig) -> Grid:
 
 
 def make_branches(
-    model: ModelConfig, config: PretrainConfig
+    model: ModelConfig, config: PretrainConfig, attention: Backend = "auto"
 ) -> tuple[PredictiveLoss, PredictiveLoss | None]:
     """Makes the losses of clips and of images; None where there are no images."""
-    dtype = DTYPES[config.dtype]
-    encoder = Encoder(model.encoder, dtype=dtype, remat=config.remat)
-    predictor = Predictor(model.predictor, model.encoder, dtype=dtype, remat=config.remat)
+    run = {"dtype": DTYPES[config.dtype], "attention": attention, "remat": config.remat}
+    encoder = Encoder(model.encoder, **run)
+    predictor = Predictor(model.predictor, model.encoder, **run)
 
     def branch(
         modality: Modality, clip: ClipConfig, masks: Sequence[MaskConfig], weight: float
@@ -349,7 +373,11 @@ def _feed(config: PretrainConfig, manifest: Manifest, images: Manifest | None) -
 
 
 def _record(
-    model: ModelConfig, config: PretrainConfig, manifest: Manifest, images: Manifest | None
+    model: ModelConfig,
+    config: PretrainConfig,
+    manifest: Manifest,
+    images: Manifest | None,
+    given: Mapping[str, Params | None],
 ) -> dict[str, object]:
     """What tells a run from others; `remat` changes nothing but time."""
     return {
@@ -357,6 +385,7 @@ def _record(
         **options(config, "data", "images", "remat"),
         **config.data.record(manifest),
         "images": None if config.images is None else config.images.record(images),
+        **{k: None if parts is None else weights_sha256(parts) for k, parts in given.items()},
     }
 
 

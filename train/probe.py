@@ -7,6 +7,8 @@
     result = probe_result(config, training, task, state.trained)
     weights.save("models/probed", attach_probe(model, result, labels))
 
+A head that no classifier can be, as a linear one, is saved by `jvjepa.train.probe_files`.
+
 All heads see the same batches. The loss is the sum of theirs, so that the gradient of each is its
 own, and nothing mixes them; a head that diverges stands still and does not stop the others.
 
@@ -30,8 +32,12 @@ from jvjepa.adapters import weights_sha256
 from jvjepa.errors import InputError
 from jvjepa.heads import Classifier
 from jvjepa.parameters import unstack_layers
+from jvjepa.train.distributed import whole
 from jvjepa.train.feature_cache import Features, check_classes, check_kind, count_classes
 from jvjepa.train.feeding import reading
+from jvjepa.train.loop import LoopConfig
+from jvjepa.train.manifest import check_same_classes
+from jvjepa.train.mesh import MeshConfig
 from jvjepa.train.probe_heads import Accuracy, Heads, ProbeConfig, sample_tokens
 from jvjepa.train.task import Best, Feed, Loss, Optimizer, Task
 from jvjepa.typing import Array, Params
@@ -56,6 +62,7 @@ class ProbeResult(NamedTuple):
 
     Args:
         heads: what its parameters are for.
+        labels: names of the classes; where nobody knows them, their numbers.
         head: its place in `ProbeConfig.grid`.
         learning_rate: that it was trained with.
         weight_decay: the same.
@@ -66,6 +73,7 @@ class ProbeResult(NamedTuple):
     """
 
     heads: Heads
+    labels: tuple[str, ...]
     head: int
     learning_rate: float
     weight_decay: float
@@ -73,6 +81,49 @@ class ProbeResult(NamedTuple):
     params: Params
     statistics: Params
     encoder: str
+
+    def logits(self, tokens: Array) -> Array:
+        """Runs it.
+
+        Args:
+            tokens: float [B, n, D] of that encoder, after its final norm: all that the head sees
+                together, as `ProbeConfig.sees` and `FeatureConfig` say. Of several layers those of
+                one come after those of the other; of a pooled probe they are means.
+
+        Returns:
+            float32 [B, labels].
+        """
+        return self.heads.logits(self.params, self.statistics, tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeLoop:
+    """How a probe is run: what `LoopConfig` has and `ProbeConfig` leaves open.
+
+    Args:
+        accumulate: parts that a batch is divided into, one after the other on each device.
+        keep: the newest checkpoints that stay, 1 or more; the best one stays beside them.
+        log_every: updates from one row of metrics to the next.
+        mesh: how many devices are used for what.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    accumulate: int = 1
+    keep: int = 3
+    log_every: int = 10
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        LoopConfig(steps=1, **vars(self))
+
+    def of(self, config: ProbeConfig, training: Features) -> LoopConfig:
+        """The loop of a probe: its epochs and its seed, and a checkpoint after every epoch."""
+        steps = probe_steps(config, training)
+        epoch = steps // config.epochs
+        return LoopConfig(steps=steps, seed=config.seed, save_every=epoch, **vars(self))
 
 
 def probe_steps(config: ProbeConfig, training: Features) -> int:
@@ -105,6 +156,8 @@ def probe_task(config: ProbeConfig, training: Features, validation: Features) ->
     """
     classes = count_classes(training)
     check_classes(validation, classes)
+    names = (training.source, training.classes, validation.source, validation.classes)
+    check_same_classes(*names)
     check_kind(validation, training.config, training.made_of["encoder"])
     heads = _heads(config, training, classes)
     accuracy = Accuracy(heads)
@@ -139,6 +192,8 @@ def probe_result(
 ) -> ProbeResult:
     """Picks the head that is best on the validation set; of equal ones the first.
 
+    Of several processes all have to call it.
+
     Args:
         config: the probe.
         training: what it was trained on.
@@ -148,19 +203,62 @@ def probe_result(
     Returns:
         The head.
     """
+    trained = whole(trained)
     values = task.evaluate(trained, task.carried, task.frozen)
     shares = [values[f"accuracy/head_{i:02d}"] for i in range(len(config.grid))]
     best = int(np.argmax(shares))
     learning_rate, weight_decay = config.grid[best]
+    classes = count_classes(training)
     return ProbeResult(
-        heads=_heads(config, training, count_classes(training)),
+        heads=_heads(config, training, classes),
+        labels=training.classes or tuple(map(str, range(classes))),
         head=best,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         accuracy=shares[best],
-        params=jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[best]), trained["heads"]),
+        params=jax.tree.map(lambda leaf: jnp.asarray(leaf[best]), trained["heads"]),
         statistics=task.frozen,
         encoder=training.made_of["encoder"],
+    )
+
+
+def with_crop_size(model: Model, size: int) -> Model:
+    """Makes a model one for clips of another size, to which `jvjepa classify` will cut its videos.
+
+    The encoder gives the same features as before, unless its config says `rope_grid = "config"`:
+    then positions are counted on the grid of that size.
+
+    Args:
+        model: the model.
+        size: pixels of a side of the clips.
+
+    Returns:
+        The model; its `source` has lost the preprocessor, which says another size.
+
+    Raises:
+        ConfigError: the size is no multiple of the patch's.
+        InputError: a predictor counts positions on the grid of the old size.
+    """
+    config, source = model.config, model.source
+    if config.crop_size == size:
+        return model
+    predictor, by_action = config.predictor, config.action_predictor is not None
+    if by_action or (predictor is not None and predictor.rope_grid == "config"):
+        raise InputError(
+            f"clips of {size} pixels: the model's {'action_' if by_action else ''}predictor counts "
+            f"positions on the grid of {config.crop_size} pixels; take clips of that size"
+        )
+    encoder = dataclasses.replace(config.encoder, crop_size=size)
+    parts = {name: getattr(model, name) for name in ("predictor", "classifier", "anticipator")}
+    return dataclasses.replace(
+        model,
+        config=dataclasses.replace(config, encoder=encoder),
+        encoder=dataclasses.replace(model.encoder, config=encoder),
+        source=source and dataclasses.replace(source, preprocessor=None),
+        **{
+            name: part and dataclasses.replace(part, encoder=encoder)
+            for name, part in parts.items()
+        },
     )
 
 
@@ -173,10 +271,12 @@ def attach_probe(model: Model, result: ProbeResult, labels: tuple[str, ...]) -> 
         labels: names of the classes.
 
     Returns:
-        The model; the classifier's parameters have the dtype of the encoder's.
+        The model, for clips of the size that the probe was trained on, see `with_crop_size`; the
+        classifier's parameters have the dtype of the encoder's.
 
     Raises:
-        InputError: the probe is for other weights, or no head for the tokens of clips.
+        InputError: the probe is for other weights, or no head for the tokens of clips; or the model
+            cannot be for clips of that size.
     """
     heads, features = result.heads, result.heads.features
     for name, found, right in (
@@ -192,6 +292,14 @@ def attach_probe(model: Model, result: ProbeResult, labels: tuple[str, ...]) -> 
             raise InputError(
                 f"the probe's {name} is {found}; the model's classifier needs {needed}"
             )
+    size, counted = features.clip.crop_size, heads.encoder
+    if counted.rope_grid == "config" and counted.crop_size != size:
+        raise InputError(
+            f"the probe's features are of clips of {size} pixels, and of an encoder with "
+            f"rope_grid = 'config' and crop_size = {counted.crop_size}, not {size}; make them with "
+            f"with_crop_size(model, {size})"
+        )
+    model = with_crop_size(model, size)
     config = heads.classifier(labels)
     encoder = model.encoder
     params = jax.tree.map(lambda leaf: leaf.astype(encoder.param_dtype), result.params)

@@ -24,7 +24,7 @@ from jvjepa.heads import Classifier
 from jvjepa.parameters import parameter_shapes
 from jvjepa.train.feature_cache import Features
 from jvjepa.train.frozen_features import FeatureConfig
-from jvjepa.train.mesh import MeshConfig, make_mesh, put_batch, replicated
+from jvjepa.train.mesh import MeshConfig, make_mesh, put, put_batch, replicated
 from jvjepa.typing import Array, Params
 
 Kind = Literal["attentive", "linear"]
@@ -150,6 +150,25 @@ class Heads:
     def _module(self) -> Classifier:
         return Classifier(self.classifier(), self.encoder, jnp.dtype(self.config.dtype))
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter of one head, by its flat name."""
+        return {name.removeprefix(self._prefix): x for name, x in self._model_shapes.items()}
+
+    @property
+    def _prefix(self) -> str:
+        """What the names of a head's parameters begin with in a model."""
+        return "classifier/" if self.config.kind == "attentive" else "classifier/linear/"
+
+    @property
+    def _model_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As `shapes`, by the names that they have in a model."""
+        classifier = self.classifier()
+        if self.config.kind == "linear":  # of the rest there is nothing
+            classifier = dataclasses.replace(classifier, num_layers=1, num_heads=1)
+        shapes = parameter_shapes(ModelConfig(encoder=self.encoder, classifier=classifier))
+        return {name: x for name, x in shapes.items() if name.startswith(self._prefix)}
+
     def init(self) -> Params:
         """Draws the weights of every head, as Meta's code does.
 
@@ -160,19 +179,14 @@ class Heads:
         Returns:
             Float32, [G, ...]; the first heads are the same whatever others there are.
         """
-        prefix, classifier = "classifier/", self.classifier()
-        if self.config.kind == "linear":
-            prefix = "classifier/linear/"
-            classifier = dataclasses.replace(classifier, num_layers=1, num_heads=1)
-        shapes = parameter_shapes(ModelConfig(encoder=self.encoder, classifier=classifier))
+        shapes = self._model_shapes
         seeds = [(self.config.seed, head) for head in range(len(self.config.grid))]
         generators = [np.random.default_rng(seed) for seed in seeds]
         stacked = {
-            name.removeprefix(prefix): jnp.asarray(
+            name.removeprefix(self._prefix): jnp.asarray(
                 np.stack([_draw(name, shapes, generator) for generator in generators])
             )
             for name in shapes
-            if name.startswith(prefix)
         }
         return unflatten_dict(stacked, sep="/")
 
@@ -315,7 +329,8 @@ class Accuracy:
         """Classifies all videos of a cache.
 
         Args:
-            params: of the heads, [G, ...].
+            params: of the heads, [G, ...]; on a mesh as training has them, or whole on the host of
+                every process, as `statistics` then.
             statistics: from `Heads.statistics`.
             features: of the videos, with labels.
             times: the tubelets that are looked at.
@@ -324,11 +339,13 @@ class Accuracy:
             float64 [G], shares of the videos that are right; a head whose probabilities are not
             finite is right about none.
         """
-        if not isinstance(jax.tree.leaves(params)[0].sharding, NamedSharding):
-            everywhere = replicated(make_mesh(MeshConfig()))
-            params = jax.device_put(params, everywhere)
-            statistics = jax.device_put(statistics, everywhere)
-        mesh = jax.tree.leaves(params)[0].sharding.mesh
+        sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            mesh = sharding.mesh
+        else:
+            mesh = make_mesh(MeshConfig())
+            everywhere = jax.tree.map(lambda _: replicated(mesh), (params, statistics))
+            params, statistics = put((params, statistics), everywhere)
         right = np.zeros(len(self._heads.config.grid))
         for videos in self._videos(features, times):
             right += jax.device_get(self._count(params, statistics, put_batch(videos, mesh)))
