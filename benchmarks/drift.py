@@ -36,6 +36,10 @@ def main() -> None:
         clip.append(tubelet.pixels)
         if len(clip) == options.tubelets:
             break
+    if len(clip) < options.window:
+        parser.error(
+            f"{options.video} has {len(clip)} tubelets; --window {options.window} needs as many"
+        )
     stream, causal, bidirectional = _embeddings(model, clip, options.window)
     table = Table("last window, encoded afresh", "mean cosine", "worst cosine", "mean rel. error")
     for name, fresh in (("causally", causal), ("as a clip", bidirectional)):

@@ -17,7 +17,7 @@ from jvjepa.convert.source import StoredTensor, Weights
 from jvjepa.convert.tables import Entry, expected_shapes
 from jvjepa.errors import CheckpointError, InputError
 from jvjepa.parameters import count_parameters
-from jvjepa.storage import check_free, new_folder
+from jvjepa.storage import check_apart, check_free, new_folder
 from jvjepa.weights import (
     DTYPES,
     WEIGHTS_FILE,
@@ -128,13 +128,6 @@ def convert(
         with new_folder(out, force=force) as work:
             write_checkpoint(work, config, record, target, pieces)
     return Report.of(out, target, count_parameters(original.config), record)
-
-
-def check_apart(source: Path, out: Path) -> None:
-    """Raises InputError if writing `out` would remove the source."""
-    here, there = source.resolve(), out.resolve()
-    if here == there or there in here.parents:
-        raise InputError(f"{out} holds the source, {source}; choose another name for the result")
 
 
 def target_dtype(tensors: Mapping[str, StoredTensor], asked: DTypeName | None) -> np.dtype:

@@ -17,7 +17,13 @@ from jvjepa.convert.tables import Entry, expected_shapes
 from jvjepa.errors import ConfigError
 from jvjepa.parameters import count_parameters
 from jvjepa.records import CONFIG_FILE as OUR_CONFIG_FILE
-from jvjepa.storage import check_free, new_folder, open_safetensors, write_safetensors
+from jvjepa.storage import (
+    check_apart,
+    check_free,
+    new_folder,
+    open_safetensors,
+    write_safetensors,
+)
 from jvjepa.weights import WEIGHTS_FILE as OUR_WEIGHTS_FILE
 from jvjepa.weights import check_stored, read_record
 
@@ -38,10 +44,11 @@ def export_hf(model: str | Path, out: str | Path, *, force: bool = False) -> Rep
 
     Raises:
         InputError: `model` is not a whole checkpoint, Hugging Face's code cannot run it, or `out`
-            exists.
+            exists or holds it.
     """
     model, out = Path(model), Path(out)
     check_free(out, force=force)
+    check_apart(model, out)
     config, source = read_record(model)
     try:
         hf_config = to_hf_config(config, None if source is None else source.config)

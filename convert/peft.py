@@ -17,7 +17,7 @@ from jvjepa.convert.huggingface import hf_entries, to_hf_config
 from jvjepa.convert.tables import LINEAR, Entry
 from jvjepa.errors import ConfigError
 from jvjepa.records import CONFIG_FILE
-from jvjepa.storage import check_free, new_folder, write_safetensors
+from jvjepa.storage import check_apart, check_free, new_folder, write_safetensors
 from jvjepa.weights import load
 
 _PREFIX = "base_model.model"  # peft's wrappers
@@ -39,11 +39,14 @@ def export_peft(
         How many layers of Hugging Face's model are adapted.
 
     Raises:
-        InputError: an input is not whole, they do not belong together, or `out` exists.
+        InputError: an input is not whole, they do not belong together, or `out` exists or
+            holds one.
         ConfigError: transformers does not have this model, or peft not this kind of adapter.
     """
     out = Path(out)
     check_free(out, force=force)
+    for source in (model, adapter):
+        check_apart(source, out)
     loaded = load(model)
     source = loaded.source
     try:

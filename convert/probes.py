@@ -11,14 +11,14 @@ from safetensors import safe_open
 
 from jvjepa.config import ModelConfig
 from jvjepa.convert.architecture import infer_anticipator, infer_probe
-from jvjepa.convert.conversion import Report, check_apart, read_pieces
+from jvjepa.convert.conversion import Report, read_pieces
 from jvjepa.convert.labels import ActionLabels
 from jvjepa.convert.meta import MetaWeights, meta_entries, open_parts, probe_parts
 from jvjepa.convert.tables import Entry, expected_shapes
 from jvjepa.convert.torchfile import TorchFile, open_torch
 from jvjepa.errors import CheckpointError, ConfigError, InputError
 from jvjepa.parameters import count_parameters, parameter_shapes
-from jvjepa.storage import check_free, new_folder, open_safetensors
+from jvjepa.storage import check_apart, check_free, new_folder, open_safetensors
 from jvjepa.version import __version__
 from jvjepa.weights import (
     WEIGHTS_FILE,

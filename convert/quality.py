@@ -12,7 +12,6 @@ from jvjepa.convert.conversion import (
     NO_HINTS,
     DTypeName,
     Report,
-    check_apart,
     read_pieces,
     target_dtype,
 )
@@ -24,7 +23,7 @@ from jvjepa.convert.torchfile import open_torch
 from jvjepa.parameters import count_shapes
 from jvjepa.quality_weights import quality_shapes
 from jvjepa.records import QUALITY_FORMAT, TEXT_FORMAT, Source
-from jvjepa.storage import check_free, new_folder
+from jvjepa.storage import check_apart, check_free, new_folder
 from jvjepa.text_config import TextConfig
 from jvjepa.text_weights import read_tokenizer, text_shapes
 from jvjepa.version import __version__

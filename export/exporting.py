@@ -22,7 +22,7 @@ from jvjepa.export.options import HALF_SCALES, TOLERANCE, Format, Options
 from jvjepa.export.parity import Parity, check
 from jvjepa.export.sessions import CPU, Session, open_session
 from jvjepa.quantization import Scheme
-from jvjepa.storage import check_free, new_folder
+from jvjepa.storage import check_apart, check_free, new_folder
 from jvjepa.weights import Model, load
 
 _LIBRARIES = (
@@ -108,11 +108,13 @@ def export(
         What was exported, and what else there is to say: that no engine was built, for instance.
 
     Raises:
-        InputError: bad input, a library that is missing, an operator that TensorRT does not take,
-            or parity above the tolerance.
+        InputError: bad input, a folder that holds the model, a library that is missing, an
+            operator that TensorRT does not take, or parity above the tolerance.
         OSError: a file cannot be written.
     """
     check_free(out, force=force)
+    for path in filter(None, (source.model, source.lora)):
+        check_apart(path, out)
     with (
         new_folder(out, force=force) as work,
         ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process,

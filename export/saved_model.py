@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import jax
 import tensorflow as tf
 from orbax.export import ExportManager, JaxModule, ServingConfig
 from tensorflow.lite.python.convert_phase import ConverterError
@@ -88,8 +89,20 @@ class SavedModelSession:
         self._outputs = [port.name for port in artefact.outputs]
 
     def run(self, feed: Arrays) -> Arrays:
-        """Maps inputs by name to outputs by name."""
-        outputs = self._call(**{name: tf.constant(value) for name, value in feed.items()})
+        """Maps inputs by name to outputs by name.
+
+        Raises:
+            InputError: this TensorFlow is too old for what is in it.
+        """
+        try:
+            outputs = self._call(**{name: tf.constant(value) for name, value in feed.items()})
+        except tf.errors.InvalidArgumentError as error:
+            if "deserialize" not in str(error):
+                raise
+            raise InputError(
+                f"TensorFlow {tf.__version__} cannot read what JAX {jax.__version__} wrote; take "
+                "another version of one of them, or a batch of fixed size"
+            ) from error
         return {name: outputs[name].numpy() for name in self._outputs}
 
 

@@ -18,7 +18,13 @@ from jvjepa.lora import LoraConfig, factor_shapes, merge_lora, split, stacked_sh
 from jvjepa.packing import Quantization, pack_params
 from jvjepa.parameters import stack_layers, unstack_layers
 from jvjepa.records import CONFIG_FILE
-from jvjepa.storage import check_free, new_folder, open_safetensors, write_safetensors
+from jvjepa.storage import (
+    check_apart,
+    check_free,
+    new_folder,
+    open_safetensors,
+    write_safetensors,
+)
 from jvjepa.typing import Array, Params
 from jvjepa.weights import check_names, load, save
 
@@ -213,6 +219,8 @@ def merge_saved(folder: str | Path, params: Params) -> tuple[Params, dict[str, s
 def merge_command(options: "cli.LoraMerge", console: "Console") -> int:
     """`jvjepa lora merge`."""
     check_free(options.out, force=options.force)
+    for source in (options.model, options.adapter):
+        check_apart(source, options.out)
     save(options.out, load(options.model, lora=options.adapter), force=options.force)
     console.print(f"wrote {options.out}: {options.model} with {options.adapter} merged into it")
     return 0

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jvjepa.attention import Backend, attention, attention_over_spans, resolve
+from jvjepa.attention import Backend, attention, attention_over_spans, is_one_cpu, resolve
 from jvjepa.config import EncoderConfig
 from jvjepa.errors import InputError
 from jvjepa.typing import Array
@@ -174,14 +174,16 @@ class SparseAreas:
     def attend(self, q: Array, k: Array, v: Array, backend: Backend) -> Array:
         """Attends within each area; all [B, M, H, K], in the order of the areas.
 
-        The `chunked` backend takes from each query's area what is there. For the others all areas
-        have the same capacity, and the fullest one of the batch decides which of a few it is; where
-        that would cost more than full attention, it is full attention under a mask. Gradients
-        compute the attention anew.
+        On a single CPU the `chunked` backend takes from each query's area what is there. Elsewhere,
+        where that would be a long loop or bring all clips to every device, and for other backends
+        all areas have the same capacity, and the fullest one of the batch decides which of a few it
+        is; where that would cost more than full attention, it is full attention under a mask.
+        Gradients compute the attention anew.
         """
         batch, tokens, heads, _ = q.shape
         areas = self.tiling.num_areas
-        if self.mask is None and resolve(backend, (batch, heads, tokens, tokens)) == "chunked":
+        chunked = resolve(backend, (batch, heads, tokens, tokens)) == "chunked"
+        if self.mask is None and chunked and is_one_cpu():
             ends = jnp.pad(
                 jnp.cumsum(self.counts, axis=1), ((0, 0), (1, 1))
             )  # [B, 1 + A + 1], 0 last

@@ -221,7 +221,7 @@ def _check_inputs(q: Array, k: Array, v: Array, mask: Array | None) -> None:
 
 
 def _chunked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    if not _is_one_cpu():
+    if not is_one_cpu():
         return _by_queries(q, k, v, mask)
     heads = q.shape[2]
 
@@ -231,7 +231,8 @@ def _chunked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     return _map_blocks(q, k, v, _QUERY_BLOCK, one_block)
 
 
-def _is_one_cpu() -> bool:
+def is_one_cpu() -> bool:
+    """Whether a loop over clips and heads costs nothing: no other device has some of them."""
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 

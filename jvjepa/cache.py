@@ -121,8 +121,8 @@ def _round(x: Array, to_int8: bool) -> SmallRing:
 
 def _put(ring: Array, new: Array, layer: Array, slot: Array) -> Array:
     for b in range(new.shape[0]):  # each stream has a slot of its own
-        index = (layer, b, slot[b], 0, 0, 0)
-        ring = jax.lax.dynamic_update_slice(ring, new[None, b : b + 1, None], index)
+        index = (jnp.asarray(i, jnp.int32) for i in (layer, b, slot[b], 0, 0, 0))
+        ring = jax.lax.dynamic_update_slice(ring, new[None, b : b + 1, None], tuple(index))
     return ring
 
 

@@ -26,6 +26,7 @@ from jvjepa.quality_command import Mos, mos_command
 from jvjepa.quantize import Quantize, quantize_command
 
 _Positional = tyro.conf.Positional
+_SMALLER = "fewer frames, tokens or streams at a time, or a smaller window, take less"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -426,8 +427,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's.
 
     Returns:
-        The exit code: 0 done; 1 parity not met, or a video was left out; 2 bad input; 130
-        interrupted before there was anything to keep.
+        The exit code: 0 done; 1 parity not met, or a video was left out; 2 bad input, or more than
+        fits into memory; 130 interrupted before there was anything to keep.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = _handed_on(arguments) or tyro.cli(_Command, prog="jvjepa", args=arguments)
@@ -438,6 +439,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(command, console)
     except (InputError, OSError) as error:
         print(f"error: {' '.join(_describe(error, command).split())}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        line = str(error).strip().partition("\n")[0]
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line):  # as XLA says it
+            raise
+        print(f"error: not enough memory: {line}; {_SMALLER}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if error.args else ''}", file=sys.stderr)

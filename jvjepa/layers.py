@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from jvjepa import rope
 from jvjepa.area import Areas, RowAreas
@@ -24,10 +24,12 @@ _MLP_BLOCK = 1024  # tokens
 def by_clips(x: Array) -> Array:
     """Keeps [B, ..] divided by clips where a mesh is set, `jax.set_mesh`, that divides a batch.
 
-    Without it XLA may rather gather all clips than the weights that are divided over "fsdp".
+    Without it XLA may rather gather all clips than the weights that are divided over "fsdp". Axes
+    that are not `AxisType.Auto` are left alone: what is divided over them, JAX knows by the types.
     """
-    known = jax.sharding.get_abstract_mesh().axis_names
-    axes = tuple(name for name in ("data", "fsdp") if name in known)
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = tuple(name for name in ("data", "fsdp") if kinds.get(name) == AxisType.Auto)
     if not axes:
         return x
     rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)

@@ -36,7 +36,7 @@ from jvjepa.quantization import (
     require_qwix,
 )
 from jvjepa.ranges import input_ranges
-from jvjepa.storage import check_free
+from jvjepa.storage import check_apart, check_free
 from jvjepa.typing import Array, Params
 from jvjepa.weights import WEIGHTS_FILE, Model, load, read_quantization, read_record, save
 
@@ -155,10 +155,9 @@ def quantize_command(options: Quantize, console: "Console") -> int:
 
 def _check(options: Quantize) -> None:
     """Raises what can be known before the long work."""
-    from jvjepa.convert.conversion import check_apart
-
     check_free(options.out, force=options.force)
-    check_apart(options.model, options.out)
+    for source in (options.model, *options.calibrate, *filter(None, (options.video,))):
+        check_apart(source, options.out)
     if options.num_frames is not None and options.num_frames < 1:
         raise InputError(f"num-frames = {options.num_frames}; it must be 1 or more")
     folder = options.out.absolute().parent

@@ -4,27 +4,30 @@ import contextlib
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from jvjepa.errors import InputError
-from jvjepa.storage import new_file
+from jvjepa.storage import check_apart, new_file
 
 _BLOCK = 1024  # rows that are copied at a time
 
 
-def check_output(path: Path, *, suffix: str, force: bool) -> None:
+def check_output(
+    path: Path, *, suffix: str, force: bool, sources: Iterable[str | Path | None] = ()
+) -> None:
     """Raises InputError unless a file can be written there.
 
     Args:
         path: the file.
         suffix: the ending that it must have, ".npz" say.
         force: whether it may exist.
+        sources: what is read, so that it may not be one of these in any case; None is nothing.
 
     Raises:
-        InputError: wrong ending, no such folder, the file exists, or it is a folder.
+        InputError: wrong ending, no such folder, the file exists, or it is a folder or a source.
     """
     if path.suffix != suffix:
         raise InputError(f"{path} must end in {suffix}")
@@ -34,6 +37,9 @@ def check_output(path: Path, *, suffix: str, force: bool) -> None:
         raise InputError(f"{path} is a folder; choose another name")
     if path.exists() and not force:
         raise InputError(f"{path} exists; choose another name or pass --force to replace it")
+    for source in sources:
+        if source is not None:
+            check_apart(source, path)
 
 
 class Recorder:

@@ -27,11 +27,15 @@ def check_ids(
     Raises:
         InputError: they are not.
     """
+    if not hasattr(ids, "ndim"):
+        raise InputError(f"{name} is a {type(ids).__name__}; it must be an array, int [{batch}, M]")
     if ids.ndim != 2 or ids.shape[0] != batch or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise InputError(
             f"{name} is {ids.dtype} {list(ids.shape)}; it must be int [{batch}, M], M ids for each "
             "clip of the batch"
         )
+    if ids.shape[1] == 0:
+        raise InputError(f"{name} is {list(ids.shape)}; a clip must have one id or more")
     if valid is not None and (valid.shape != ids.shape or valid.dtype != jnp.bool_):
         right = f"bool {list(ids.shape)}, as {name}"
         raise InputError(f"valid is {valid.dtype} {list(valid.shape)}; it must be {right}")

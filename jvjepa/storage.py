@@ -46,6 +46,32 @@ def check_free(path: Path, *, force: bool) -> None:
         raise InputError(f"{path.parent} is not a folder; make it first")
 
 
+def check_apart(source: str | Path, out: Path) -> None:
+    """Raises InputError where replacing `out` would remove what is read.
+
+    Args:
+        source: a file or a folder; nothing can happen to a URL, or to what is not there.
+        out: the file or folder to write.
+
+    Raises:
+        InputError: `out` is the source, holds it, or is a file in it.
+    """
+    there = Path(os.path.abspath(out))
+    if not (os.path.exists(source) and os.path.exists(there)):
+        return
+    # Of a link to the source both places are kept: the one has the data, the other is its name.
+    names = (Path(os.path.abspath(source)), Path(os.path.realpath(source)))
+    if there.samefile(source):
+        how = "is"
+    elif any(there.samefile(folder) for name in names for folder in name.parents):
+        how = "holds"
+    elif there.is_file() and any(folder.samefile(source) for folder in there.parents):
+        how = "is a file of"
+    else:
+        return
+    raise InputError(f"{out} {how} the source, {source}; choose another name for the result")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the block ends without an error.

@@ -254,7 +254,11 @@ def advance(
 
 
 def check_tubelet(config: EncoderConfig, state: StreamState, tubelet: Array) -> tuple[int, int]:
-    """Returns the tubelet's (rows, columns); raises InputError unless it fits the state."""
+    """Returns the tubelet's (rows, columns); raises InputError unless it fits the state.
+
+    A state knows the number of tokens alone: of a tubelet with as many in another grid, as 32x128
+    pixels in place of 64x64, nobody can tell that it is another stream's.
+    """
     _, batch, _, tokens = state.cache.keys.shape[:4]
     rows, columns = _grid(tubelet, config)
     if tubelet.shape[:2] != (batch, config.tubelet_size) or rows * columns != tokens:

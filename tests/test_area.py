@@ -11,7 +11,7 @@ import pytest
 from models import compiled, random_params, random_video, relative_error, tiny_config
 from numpy.typing import NDArray
 
-from jvjepa import Encoder, EncoderConfig, gating, rope, streaming
+from jvjepa import Encoder, EncoderConfig, area, attention, gating, rope, streaming
 from jvjepa.area import Tiling, parse_areas
 from jvjepa.config import ModelConfig
 from jvjepa.encoder import forward_flops
@@ -223,6 +223,20 @@ def test_areas_of_visible_tokens(lyings: list[list[int]], attention: str) -> Non
         keep = _lying(config, grid, shares)
         expected = _normed(encoder, params, _brute_force(config, params, video, keep)[-1])
         assert relative_error(run(params, video, keep), expected) <= TOLERANCE
+
+
+def test_visible_tokens_are_padded_where_clips_lie_on_several_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(area, "attention_over_spans")
+    monkeypatch.setattr(area, "is_one_cpu", lambda: False)
+    monkeypatch.setattr(attention, "is_one_cpu", lambda: False)
+    grid, config = (4, 4, 4), _config()
+    encoder, params = _model(config, attention="chunked")
+    video, keep = _video(*grid), _lying(config, grid, [6, 5, 4, 1])
+    expected = _normed(encoder, params, _brute_force(config, params, video, keep)[-1])
+    found = jax.jit(lambda p, *x: encoder.apply({"params": p}, *x))(params, video, keep)
+    assert relative_error(found, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("attention", "scan"), [("chunked", True), ("xla", False)])

@@ -25,7 +25,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[True, False], ids=["one cpu", "elsewhere"])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`chunked` maps over heads and clips on a single CPU alone."""
-    monkeypatch.setattr(backends, "_is_one_cpu", lambda: request.param)
+    monkeypatch.setattr(backends, "is_one_cpu", lambda: request.param)
 
 
 def _run(backend: str, arrays: list[jax.Array], mask: np.ndarray | None) -> jax.Array:

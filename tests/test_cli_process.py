@@ -7,10 +7,12 @@ import socket
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from commandline import listing, refused, run, save_assets, start, the_error
 
 import jvjepa
+from jvjepa import cli
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,31 @@ def test_an_error_of_the_system_names_its_file(
     (model / "config.json").unlink()
     (model / "config.json").mkdir()
     assert refused(capfd, "info", model) == f"{model / 'config.json'}: Is a directory"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no 9 bytes"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no 9 bytes.\n+")],
+)
+def test_too_little_memory_is_an_error_of_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "run", fail)
+    assert "not enough memory: " in (line := refused(capfd, "info", "none"))
+    assert "no 9 bytes" in line
+    assert line.endswith("take less")
+
+
+def test_what_is_no_lack_of_memory_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(cli, "run", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        run("info", "none")
 
 
 @pytest.mark.parametrize("name", ["vjepa2-vitl-fpc64-256", "none"])

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from models import random_video, relative_error, tiny_config, tiny_model
+from jax.sharding import AxisType
+from models import compiled, random_video, relative_error, tiny_config, tiny_model
 
 import jvjepa
 from jvjepa import Encoder, Model
@@ -231,3 +232,12 @@ def test_wrong_ids_are_refused_and_never_clamped() -> None:
     traced = jax.jit(apply)(jnp.asarray([[0, 1], [2, 4]]))
     assert np.isfinite(traced[0]).all()
     assert np.isnan(traced[1]).any()
+
+
+def test_a_mesh_with_explicit_axes_is_left_alone() -> None:
+    encoder, params = tiny_model()
+    video = random_video(2, 4, 32, 32)
+    expected = compiled(encoder, params, video)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))):
+        found = encoder.apply({"params": params}, jnp.asarray(video))
+    assert relative_error(found, expected) <= MODULE

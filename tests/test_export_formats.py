@@ -56,6 +56,11 @@ def test_stablehlo(model: Path, tmp_path: Path) -> None:
 
 def test_a_saved_model_with_an_open_batch(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    if jax.__version_info__ >= (0, 11):  # of which TensorFlow 2.21 cannot read open sizes
+        with pytest.raises(InputError, match=r"TensorFlow 2\S+ cannot read what JAX 0"):
+            _export(model, out, format="saved-model", batch=None)
+        assert not out.exists()
+        return
     errors = _export(model, out, format="saved-model", batch=None)
     assert max(errors.values()) < 1e-5
     np.save(tmp_path / "video.npy", video := random_video(3, 4, 64, 64))

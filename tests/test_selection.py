@@ -56,6 +56,8 @@ def test_gather_refuses_tokens_of_another_rank(shape: tuple[int, ...]) -> None:
         (np.array([[0, 1], [3, 3]]), "keep of clip 1 holds id 3 twice"),
         (np.array([[4, 3, 4], [0, 1, 2]]), "keep of clip 0 holds id 4 twice"),
         (np.array([[False], [True]]), "keep is bool"),
+        (np.zeros((2, 0), np.int32), r"keep is \[2, 0\]; a clip must have one id or more"),
+        ([[0, 1], [1, 2]], r"keep is a list; it must be an array, int \[2, M\]"),
     ],
 )
 def test_ids_that_cannot_be_right(ids: np.ndarray, message: str) -> None:

@@ -342,3 +342,14 @@ def test_positions_of_another_grid_are_refused() -> None:
     assert streaming.init_state(encoder, 1, 2).pooled.shape == (1, 2, 48)
     with pytest.raises(ConfigError, match="streaming needs rope_grid"):
         streaming.init_state(encoder, 1, 2, height=32, width=32)
+
+
+def test_a_stream_runs_with_64_bit_numbers() -> None:
+    encoder, params = tiny_model()
+    tubelets = random_video(WINDOW + 2, 2, 2, 32, 32)
+    _, expected = _stream(encoder, params, tubelets)
+    with jax.enable_x64(True):
+        state, outputs = _stream(encoder, params, tubelets)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
+    for out, same in zip(outputs, expected, strict=True):
+        assert relative_error(out.tokens, same.tokens) <= TOLERANCE
