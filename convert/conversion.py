@@ -117,7 +117,7 @@ def convert(
     check_dtype(dtype)
     check_free(out, force=force)
     with open_original(source, revision=revision, key=key, hints=hints) as original:
-        check_apart(original.path, out)
+        check_apart(out, original.path)
         weights, wanted = original.weights, original.entries
         check_names(str(original.path), weights.shapes, expected_shapes(wanted))
         target = target_dtype(weights.tensors, dtype)

@@ -48,7 +48,7 @@ def export_hf(model: str | Path, out: str | Path, *, force: bool = False) -> Rep
     """
     model, out = Path(model), Path(out)
     check_free(out, force=force)
-    check_apart(model, out)
+    check_apart(out, model)
     config, source = read_record(model)
     try:
         hf_config = to_hf_config(config, None if source is None else source.config)

@@ -45,8 +45,7 @@ def export_peft(
     """
     out = Path(out)
     check_free(out, force=force)
-    for source in (model, adapter):
-        check_apart(source, out)
+    check_apart(out, model, adapter)
     loaded = load(model)
     source = loaded.source
     try:

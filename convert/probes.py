@@ -67,8 +67,7 @@ def attach_probe(
     """
     probe, encoder, out = Path(probe), Path(encoder), Path(out)
     check_free(out, force=force)
-    check_apart(encoder, out)
-    check_apart(probe, out)
+    check_apart(out, encoder, probe)
     config, source = read_record(encoder)
     if config.classifier is not None or config.anticipator is not None:
         raise InputError(f"{encoder} has a classifier already; attach the probe to an encoder")

@@ -1,6 +1,9 @@
 """A small V-JEPA 2 with random weights, saved by transformers as a released one would be."""
 
+import errno
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from jvjepa.errors import InputError
 
@@ -14,6 +17,7 @@ def save_random_checkpoint(folder: Path, *, seed: int = 0) -> None:
 
     Raises:
         InputError: torch or transformers is missing.
+        OSError: the folder cannot be written, or the disk is full.
     """
     try:
         import torch
@@ -34,4 +38,7 @@ def save_random_checkpoint(folder: Path, *, seed: int = 0) -> None:
         torch.manual_seed(seed)
         model = VJEPA2Model(config)
     logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # which hides the number of the OSError that it is
+        raise OSError(errno.EIO, str(error), str(folder)) from None

@@ -15,6 +15,12 @@ from jvjepa.export.options import LOWEST_OPSET, Format, Options, Precision, What
 from jvjepa.streaming import Positions
 
 _Positional = tyro.conf.Positional
+# What an option is for, where it is not for every export.
+_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
+    "frames": ("what", ("clip", "classifier")),
+    **dict.fromkeys(("window", "positions", "cache"), ("what", ("step",))),
+    **dict.fromkeys(("opset", "provider"), ("format", ("onnx", "tensorrt"))),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,7 @@ def export_command(options: Export, console: Console) -> int:
     """Carries out `jvjepa export`."""
     if options.batch != "open" and not options.batch.isdecimal():
         raise InputError(f'--batch {options.batch}; it must be a number, or "open"')
+    _refuse_unused(options)
     source = Source(
         model=options.model,
         areas=parse_areas(options.area, options.area_layers),
@@ -90,3 +97,16 @@ def export_command(options: Export, console: Console) -> int:
     for remark in remarks:
         console.print(remark)
     return 0
+
+
+def _refuse_unused(options: Export) -> None:
+    """Raises InputError where an option is given that nothing in this export would follow."""
+    asked = {"what": options.what, "format": (options.format,)}
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name, (kind, right) in _FOR.items():
+        given = getattr(options, name) != defaults[name]
+        if given and set(right).isdisjoint(asked[kind]):
+            raise InputError(
+                f"--{name} is for --{kind} {' and '.join(right)}, and this is "
+                f"{' '.join(asked[kind])}; leave it out"
+            )

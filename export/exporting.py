@@ -113,8 +113,7 @@ def export(
         OSError: a file cannot be written.
     """
     check_free(out, force=force)
-    for path in filter(None, (source.model, source.lora)):
-        check_apart(path, out)
+    check_apart(out, source.model, source.lora)
     with (
         new_folder(out, force=force) as work,
         ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process,

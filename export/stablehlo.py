@@ -4,12 +4,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jvjepa.export.artefact import Artefact, Weights
 from jvjepa.export.manifest import BATCH, Arrays, Port
 from jvjepa.export.network import Numerics
 from jvjepa.export.options import Options
+from jvjepa.storage import write_safetensors
 from jvjepa.typing import Array
 from jvjepa.weights import Model
 
@@ -38,7 +39,8 @@ def write(path: Path, artefact: Artefact, model: Model, weights: Weights, option
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.arrays.items()}
     exported = jax.export.export(jax.jit(call), platforms=options.platforms)(shapes, *specs)
     path.write_bytes(exported.serialize())
-    save_file(weights.arrays, weights_file(path))
+    sizes = {name: array.shape for name, array in weights.arrays.items()}
+    write_safetensors(weights_file(path), sizes, np.dtype(np.float32), weights.arrays.items(), {})
 
 
 def weights_file(path: Path) -> Path:

@@ -219,8 +219,7 @@ def merge_saved(folder: str | Path, params: Params) -> tuple[Params, dict[str, s
 def merge_command(options: "cli.LoraMerge", console: "Console") -> int:
     """`jvjepa lora merge`."""
     check_free(options.out, force=options.force)
-    for source in (options.model, options.adapter):
-        check_apart(source, options.out)
+    check_apart(options.out, options.model, options.adapter)
     save(options.out, load(options.model, lora=options.adapter), force=options.force)
     console.print(f"wrote {options.out}: {options.model} with {options.adapter} merged into it")
     return 0

@@ -8,7 +8,7 @@ random; here they are fixed, so that the same video gives the same answer.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
@@ -22,6 +22,8 @@ from jvjepa.decoding import Index, Source
 from jvjepa.encoder import Encoder
 from jvjepa.errors import InputError
 from jvjepa.heads import Classifier
+from jvjepa.pictures import is_picture, is_still, read_picture
+from jvjepa.preprocessing import crops
 from jvjepa.recording import check_output, save_json
 from jvjepa.typing import Array, Params
 from jvjepa.weights import Model, read_record
@@ -43,7 +45,8 @@ class Classification:
         labels: their names.
         views: how many crops of each clip were seen; 1 where the video is too square for others to
             differ.
-        times: float64 [clips, T], the seconds at which the file first shows each frame.
+        times: float64 [clips, T], the seconds at which the file first shows each frame; 0 for a
+            picture, which is one clip of one frame.
     """
 
     probabilities: NDArray[np.float32]
@@ -80,16 +83,17 @@ def classify(
     num_frames: int | None = None,
     frame_step: int | None = None,
     combine: Combine = "tokens",
+    repeat_frame: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Classification:
-    """Classifies a video file.
+    """Classifies a video file, or a picture.
 
     Meta's numbers (clips x views of frames) are 2 x 3 of 16 or 64 for Something-Something v2 and
     4 x 3 of 32 for Diving48. Clips are decoded and encoded one at a time.
 
     Args:
         model: with a classifier; its `config.classifier.layers` says which layers it sees.
-        source: a path, or the URL of a file.
+        source: a path, or the URL of a file; for V-JEPA 2.1 also a picture.
         clips: clips, spread over the video as `clip_indices` says.
         views: crops of each clip, spread along its long side, see `jvjepa.preprocessing.crops`.
         num_frames: frames of a clip; None takes as many as the classifier was trained with.
@@ -99,17 +103,27 @@ def classify(
             one view together, and the probabilities of the views are averaged, as in Meta's
             evaluation. "probabilities": it sees every view of every clip alone, and all their
             probabilities are averaged.
+        repeat_frame: give a picture to a V-JEPA 2 model all the same, see
+            `jvjepa.pictures.picture_clip`.
         progress: told what runs now.
 
     Returns:
         Probabilities of the labels, and what they were computed from.
 
     Raises:
-        InputError: the model has no classifier, or a number is impossible.
-        VideoError: the video is missing, damaged or live.
+        InputError: the model has no classifier, a number is impossible, or the model takes no
+            pictures.
+        VideoError: the video or picture is missing or damaged, or the video is live.
     """
     require_classifier(model.classifier, "the model")
     encoder, trained = model.config.encoder, model.config.classifier.frames_per_clip
+    still = is_still(
+        model.config,
+        source,
+        repeat_frame=repeat_frame,
+        choosing="--clips, --num-frames and --frame-step",
+        chosen=clips != 1 or num_frames is not None or frame_step is not None,
+    )
     num_frames = (trained or encoder.frames_per_clip) if num_frames is None else num_frames
     _check_counts(clips=clips, views=views, num_frames=num_frames)
     frame_step = max(2, 64 // num_frames) if frame_step is None else frame_step
@@ -119,12 +133,17 @@ def classify(
         raise InputError(f"num_frames = {num_frames}; it must be {right}")
     if combine not in get_args(Combine):
         raise InputError(f"combine = {combine!r}; it must be one of {get_args(Combine)}")
+    if still:
+        clip = crops(read_picture(source), model.config, views)
+        return _classify(model, [clip], np.zeros((1, 1)), combine, progress)
 
     def run(index: Index) -> Classification:
         # In a short video all clips are the same one.
         chosen = clip_indices(len(index.ticks), num_frames, clips, frame_step)
         chosen = np.unique(chosen, axis=0)
-        return _classify(model, source, shown_at(index, chosen), views, combine, progress)
+        times = shown_at(index, chosen)
+        seen = read_views(source, times, model.config, views)
+        return _classify(model, seen, times, combine, progress)
 
     return with_index(source, run)
 
@@ -188,7 +207,8 @@ def classify_command(options: "cli.Classify", console: "Console") -> int:
     if options.top < 1:
         raise InputError(f"top = {options.top}; it must be 1 or more")
     if options.json is not None:
-        check_output(options.json, suffix=".json", force=options.force)
+        sources = (options.model, options.lora, options.video)
+        check_output(options.json, suffix=".json", force=options.force, sources=sources)
     require_classifier(read_record(options.model)[0].classifier, str(options.model))
     model = options.load()
     begin = time.perf_counter()
@@ -201,16 +221,20 @@ def classify_command(options: "cli.Classify", console: "Console") -> int:
             num_frames=options.num_frames,
             frame_step=options.frame_step,
             combine=options.combine,
+            repeat_frame=options.repeat_frame,
             progress=lambda text: status.update(text),
         )
     seconds = time.perf_counter() - begin
     best = found.top(min(options.top, len(found.labels)))
     for label, probability in best:
         console.print(f"{probability:7.2%}  {label}")
-    console.print(
+    what = (
         f"{found.clips} x {found.views} (clips x views) of {found.times.shape[1]} frames from "
-        f"{found.times.min():.2f} to {found.times.max():.2f} s, {seconds:.1f} s with compilation"
+        f"{found.times.min():.2f} to {found.times.max():.2f} s"
     )
+    if is_picture(options.video):
+        what = f"a picture, {found.views} view{'s' * (found.views > 1)}"
+    console.print(f"{what}, {seconds:.1f} s with compilation")
     if options.json is not None:
         record = {
             "video": options.video,
@@ -233,19 +257,19 @@ def _check_counts(**counts: int) -> None:
 
 def _classify(
     model: Model,
-    source: Source,
+    clips: Iterable[NDArray[np.float32]],
     times: NDArray[np.float64],
-    views: int,
     combine: Combine,
     progress: Callable[[str], None],
 ) -> Classification:
-    """Classifies the clips whose frames the file first shows at `times` [clips, T]."""
+    """Classifies clips, each [views, T, H, W, 3], whose frames are first shown at `times`."""
     encode = functools.partial(_encode, model.encoder, model.params["encoder"])
     answer = functools.partial(_probabilities, model.classifier, model.params["classifier"])
     config = model.config.classifier
     tokens: list[list[Array]] = []  # of every view of every clip
     answers: list[Array] = []
-    for i, clip in enumerate(read_views(source, times, model.config, views)):
+    views = 0
+    for i, clip in enumerate(clips):
         progress(f"clip {i + 1} of {len(times)}")
         encoded = [encode(view[None], config.layers) for view in clip]
         views = len(encoded)
@@ -253,7 +277,7 @@ def _classify(
             tokens.append(encoded)
         else:
             answers += [answer([view]) for view in encoded]
-    answers += [answer(list(clips)) for clips in zip(*tokens, strict=True)]
+    answers += [answer(list(together)) for together in zip(*tokens, strict=True)]
     return Classification(
         probabilities=np.mean(jax.device_get(answers), axis=0, dtype=np.float32),
         labels=config.labels,

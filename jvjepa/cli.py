@@ -171,7 +171,7 @@ class Classify(Running):
     model: _Positional[Path]
     """A converted folder."""
     video: _Positional[str]
-    """A file."""
+    """A file; for V-JEPA 2.1 also a picture."""
     top: int = 5
     """Classes to show."""
     clips: int = 1
@@ -185,6 +185,8 @@ class Classify(Running):
     combine: Combine = "tokens"
     """Let the classifier see the tokens of all clips together, as Meta's evaluation does, or
     average the probabilities of clips."""
+    repeat_frame: bool = False
+    """Take a picture as a still clip, for models that were trained on video alone."""
     json: Path | None = None
     """A .json to write the result into."""
     force: bool = False
@@ -235,8 +237,8 @@ class Stream(Streaming):
     """The .npz to write: embeddings [n, D], is_new [n], surprise [n], times [n]."""
     runtime: Literal["jax", "onnx", "tensorrt"] = "jax"
     """What runs the model. An export has its window, positions and adapters in it."""
-    provider: str = "CPUExecutionProvider"
-    """Of ONNX Runtime."""
+    provider: str | None = None
+    """Of ONNX Runtime; by default CPUExecutionProvider."""
     tau: float = 0.015
     """Encode where the surprise is at least this; 0 encodes everything. See calibrate."""
     reference: Reference = "encoded"

@@ -19,6 +19,8 @@ from jvjepa.attention import available, resolve
 from jvjepa.conversion_command import print_parameters, print_source
 from jvjepa.errors import InputError, VideoError
 from jvjepa.export.edge_session import EdgeSession
+from jvjepa.export.manifest import read as read_manifest
+from jvjepa.export.sessions import CPU
 from jvjepa.gate import Gate
 from jvjepa.live import Result, Session, Tubelet, read_tubelets, tubelets
 from jvjepa.long import embed_long, is_long
@@ -86,7 +88,8 @@ def doctor(options: cli.Doctor, console: Console) -> int:
 
 def embed(options: cli.Embed, console: Console) -> int:
     """`jvjepa embed`."""
-    check_output(options.out, suffix=".npz", force=options.force)
+    sources = (options.model, options.lora, options.video)
+    check_output(options.out, suffix=".npz", force=options.force, sources=sources)
     if is_long(options):
         return embed_long(options, console)
     model = options.load()
@@ -134,10 +137,16 @@ def stream_video(options: cli.Stream, console: Console) -> float | None:
         InputError: bad input; if the video is damaged, what comes before is written all the same.
         KeyboardInterrupt: there was nothing to write yet.
     """
-    check_output(options.out, suffix=".npz", force=options.force)
+    how = {"force": options.force, "sources": (options.model, options.lora, options.video)}
+    check_output(options.out, suffix=".npz", **how)
     if options.plot is not None:
-        check_output(options.plot, suffix=".png", force=options.force)
+        check_output(options.plot, suffix=".png", **how)
         plot.require_matplotlib()
+    if options.provider is not None and options.runtime != "onnx":
+        raise InputError(
+            f"--provider {options.provider} is of ONNX Runtime, and --runtime is "
+            f"{options.runtime}; leave it out, or use --runtime onnx"
+        )
     gate = Gate(
         tau=options.tau,
         max_hold=options.max_hold,
@@ -336,7 +345,14 @@ def _exported(options: cli.Stream, gate: Gate) -> EdgeSession:
             f"--{odd[0].replace('_', '-')} belongs to jvjepa export, and {options.model} has it in "
             "it; leave it out, or use --runtime jax with a converted folder"
         )
-    return EdgeSession(options.model, gate, pool=options.pool, provider=options.provider)
+    found = read_manifest(options.model).runtime
+    if found != options.runtime:
+        raise InputError(
+            f"--runtime {options.runtime}: {options.model} was exported for {found}; onnx and "
+            "tensorrt can be streamed, each with an export for it"
+        )
+    provider = CPU if options.provider is None else options.provider
+    return EdgeSession(options.model, gate, pool=options.pool, provider=provider)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
 """`jvjepa convert`: from somebody else's checkpoint to ours."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from jvjepa.area import parse_areas
 from jvjepa.errors import InputError
+from jvjepa.storage import check_apart
 from jvjepa.weights import Source
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def _attach(options: "cli.Convert") -> "Report":
         raise InputError(
             f"{options.probe} does not name its classes; give --labels: {_PROBE_USAGE}"
         )
+    check_apart(Path(options.source), options.labels)
     return attach_probe(
         options.probe,
         options.encoder,

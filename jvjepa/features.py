@@ -207,12 +207,15 @@ def _check_outputs(options: "cli.Features") -> None:
     pca, npz = options.pca, options.npz
     if pca is None and npz is None:
         raise InputError("there is nothing to write; give --pca, --npz or both")
+    if pca is None and not options.foreground:
+        raise InputError("--no-foreground is for --pca; give that too, or leave it out")
+    how = {"force": options.force, "sources": (options.model, options.lora, options.source)}
     if npz is not None:
-        check_output(npz, suffix=".npz", force=options.force)
+        check_output(npz, suffix=".npz", **how)
     if pca is not None:
         if pca.suffix not in (".png", ".mp4"):
             raise InputError(f"{pca} must end in .png or .mp4")
-        check_output(pca, suffix=pca.suffix, force=options.force)
+        check_output(pca, suffix=pca.suffix, **how)
         if pca.suffix == ".mp4" and is_picture(options.source):
             raise InputError(f"{pca} must end in .png, because {options.source} is a picture")
 

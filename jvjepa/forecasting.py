@@ -19,6 +19,7 @@ from jvjepa import video
 from jvjepa.anticipation import FARTHEST, anticipate
 from jvjepa.decoding import Source, index_file, is_live, locate
 from jvjepa.errors import InputError, VideoError
+from jvjepa.pictures import is_picture
 from jvjepa.recording import check_output, save_json
 from jvjepa.weights import Model, read_record
 
@@ -82,10 +83,13 @@ def forecast(
         The probabilities, a softmax over the classes of each kind.
 
     Raises:
-        InputError: the model has no anticipator, or a number is impossible.
+        InputError: the model has no anticipator, a number is impossible, or the source is a
+            picture.
         VideoError: the video is missing, damaged or live, or too short before `at`.
     """
     _require_anticipator(model.anticipator, "the model")
+    if is_picture(source):
+        raise InputError(f"{source}: is a picture, and anticipating needs a video; give one")
     if not 0 <= ahead <= FARTHEST:
         raise InputError(f"ahead = {ahead:g}; it must be 0 to {FARTHEST:g} seconds")
     config = model.config.anticipator
@@ -121,7 +125,8 @@ def anticipate_command(options: "cli.Anticipate", console: "Console") -> int:
     if options.top < 1:
         raise InputError(f"top = {options.top}; it must be 1 or more")
     if options.json is not None:
-        check_output(options.json, suffix=".json", force=options.force)
+        sources = (options.model, options.lora, options.video)
+        check_output(options.json, suffix=".json", force=options.force, sources=sources)
     _require_anticipator(read_record(options.model)[0].anticipator, str(options.model))
     model = options.load()
     begin = time.perf_counter()

@@ -127,6 +127,11 @@ def picture_clip(
             `repeat_frame` is True.
         VideoError: as `read_picture`.
     """
+    _check_taken(config, path, repeat_frame)
+    return preprocess(read_picture(path), config)
+
+
+def _check_taken(config: ModelConfig, path: str | os.PathLike[str], repeat_frame: bool) -> None:
     takes_pictures = config.encoder.image_tokenizer
     if not takes_pictures and not repeat_frame:
         raise InputError(
@@ -138,7 +143,41 @@ def picture_clip(
             f"{path}: is a picture, which this model (V-JEPA 2.1) takes as it is; leave out "
             "--repeat-frame"
         )
-    return preprocess(read_picture(path), config)
+
+
+def is_still(
+    config: ModelConfig,
+    source: str | os.PathLike[str],
+    *,
+    repeat_frame: bool,
+    choosing: str,
+    chosen: bool,
+) -> bool:
+    """Whether a source is a picture; it must be one that the model takes, as it was told to.
+
+    Args:
+        config: the model's.
+        source: a picture's file, or a video.
+        repeat_frame: of a picture, see `picture_clip`.
+        choosing: the options that choose frames of a video, for messages.
+        chosen: whether one of them is given.
+
+    Returns:
+        Whether it is a picture.
+
+    Raises:
+        InputError: an option does not fit the kind of source, or see `picture_clip`.
+    """
+    if not is_picture(source):
+        if repeat_frame:
+            raise InputError(f"{source}: is no picture, and only those need --repeat-frame")
+        return False
+    if chosen:
+        raise InputError(
+            f"{source}: is a picture; {choosing} choose frames of a video, leave them out"
+        )
+    _check_taken(config, source, repeat_frame)
+    return True
 
 
 def read_clip(
@@ -169,16 +208,15 @@ def read_clip(
         InputError: an option does not fit the kind of source, or see `picture_clip`.
         VideoError: the source cannot be read.
     """
-    if is_picture(source):
-        if num_frames is not None or fps is not None or start or end is not None:
-            raise InputError(
-                f"{source}: is a picture; --num-frames, --fps, --start and --end choose frames of "
-                "a video, leave them out"
-            )
-        pixels = picture_clip(config, source, repeat_frame=repeat_frame)
-        return Clip(pixels, np.zeros(1), is_picture=True)
-    if repeat_frame:
-        raise InputError(f"{source}: is no picture, and only those need --repeat-frame")
+    still = is_still(
+        config,
+        source,
+        repeat_frame=repeat_frame,
+        choosing="--num-frames, --fps, --start and --end",
+        chosen=num_frames is not None or fps is not None or bool(start) or end is not None,
+    )
+    if still:
+        return Clip(preprocess(read_picture(source), config), np.zeros(1), is_picture=True)
     count = config.encoder.frames_per_clip if num_frames is None else num_frames
     try:
         frames, times = read(source, num_frames=count, fps=fps, start=start, end=end)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from jvjepa.clips import read_views, shown_at, with_index
 from jvjepa.decoding import Index, Source
-from jvjepa.errors import InputError
+from jvjepa.errors import InputError, VideoError
+from jvjepa.pictures import is_picture
 from jvjepa.quality_config import HeadConfig as HeadConfig
 from jvjepa.quality_config import QualityConfig as QualityConfig
 from jvjepa.quality_modules import SCORES as SCORES
@@ -108,8 +109,10 @@ def read_pixels(source: Source, config: QualityConfig) -> NDArray[np.float32]:
         float32 [T, crop, crop, 3], as `jvjepa.video.preprocess` makes it.
 
     Raises:
-        VideoError: the video is missing, damaged or live.
+        VideoError: the video is missing, damaged or live, or is a picture.
     """
+    if is_picture(source):
+        raise VideoError(f"{source}: is a picture, and the scores are of videos; give one")
 
     def run(index: Index) -> NDArray[np.float32]:
         times = shown_at(index, frame_indices(len(index.ticks), config.num_frames))

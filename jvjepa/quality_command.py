@@ -72,7 +72,8 @@ def mos_command(options: Mos, console: Console) -> int:
     many = source.is_dir() or source.suffix.lower() == ".csv"
     requests = _requests(options, source) if many else []
     if options.json is not None:
-        check_output(options.json, suffix=".json", force=options.force)
+        sources = (options.model, None if source.is_dir() else source)
+        check_output(options.json, suffix=".json", force=options.force, sources=sources)
     read_quality_record(options.model)  # says at once what is wrong with it
     if many:
         return _score_many(options, requests, console)
@@ -104,9 +105,8 @@ def _requests(options: Mos, source: Path) -> list[Request]:
     """The videos to score; raises InputError where options do not belong together."""
     if options.out is None:
         raise InputError(f"{source} is not one video; name a file for the scores: --out")
-    if options.out.resolve() == source.resolve():
-        raise InputError(f"{options.out} is the list of videos; choose another name")
-    check_output(options.out, suffix=".csv", force=True)  # what is there is added to
+    sources = () if source.is_dir() else (source,)
+    check_output(options.out, suffix=".csv", force=True, sources=sources)  # it may be added to
     if source.is_dir():
         _require_prompt(options)
         if options.videos is not None:

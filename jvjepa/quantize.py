@@ -156,8 +156,7 @@ def quantize_command(options: Quantize, console: "Console") -> int:
 def _check(options: Quantize) -> None:
     """Raises what can be known before the long work."""
     check_free(options.out, force=options.force)
-    for source in (options.model, *options.calibrate, *filter(None, (options.video,))):
-        check_apart(source, options.out)
+    check_apart(options.out, options.model, options.video, *options.calibrate)
     if options.num_frames is not None and options.num_frames < 1:
         raise InputError(f"num-frames = {options.num_frames}; it must be 1 or more")
     folder = options.out.absolute().parent

@@ -24,10 +24,11 @@ def check_output(
         path: the file.
         suffix: the ending that it must have, ".npz" say.
         force: whether it may exist.
-        sources: what is read, so that it may not be one of these in any case; None is nothing.
+        sources: what is read, and must stay; see `jvjepa.storage.check_apart`.
 
     Raises:
-        InputError: wrong ending, no such folder, the file exists, or it is a folder or a source.
+        InputError: wrong ending, no such folder, the file exists, it is a folder, or it is a
+            source or a file of one.
     """
     if path.suffix != suffix:
         raise InputError(f"{path} must end in {suffix}")
@@ -35,11 +36,9 @@ def check_output(
         raise InputError(f"{path.absolute().parent} is not a folder; make it first")
     if path.is_dir():
         raise InputError(f"{path} is a folder; choose another name")
+    check_apart(path, *sources)
     if path.exists() and not force:
         raise InputError(f"{path} exists; choose another name or pass --force to replace it")
-    for source in sources:
-        if source is not None:
-            check_apart(source, path)
 
 
 class Recorder:

@@ -46,30 +46,32 @@ def check_free(path: Path, *, force: bool) -> None:
         raise InputError(f"{path.parent} is not a folder; make it first")
 
 
-def check_apart(source: str | Path, out: Path) -> None:
+def check_apart(out: Path, *sources: str | Path | None) -> None:
     """Raises InputError where replacing `out` would remove what is read.
 
     Args:
-        source: a file or a folder; nothing can happen to a URL, or to what is not there.
         out: the file or folder to write.
+        sources: files and folders. Nothing can happen to URLs, nor to what is not there; None is
+            an option that was not given.
 
     Raises:
-        InputError: `out` is the source, holds it, or is a file in it.
+        InputError: `out` is one of the sources, holds one, or is a file in one.
     """
     there = Path(os.path.abspath(out))
-    if not (os.path.exists(source) and os.path.exists(there)):
-        return
-    # Of a link to the source both places are kept: the one has the data, the other is its name.
-    names = (Path(os.path.abspath(source)), Path(os.path.realpath(source)))
-    if there.samefile(source):
-        how = "is"
-    elif any(there.samefile(folder) for name in names for folder in name.parents):
-        how = "holds"
-    elif there.is_file() and any(folder.samefile(source) for folder in there.parents):
-        how = "is a file of"
-    else:
-        return
-    raise InputError(f"{out} {how} the source, {source}; choose another name for the result")
+    for source in sources:
+        if source is None or not (os.path.exists(source) and os.path.exists(there)):
+            continue
+        # Of a link to a source both places stay: the one has the data, the other is its name.
+        places = (Path(os.path.abspath(source)), Path(os.path.realpath(source)))
+        if there.samefile(source):
+            how = "is"
+        elif any(there.samefile(folder) for place in places for folder in place.parents):
+            how = "holds"
+        elif there.is_file() and any(folder.samefile(source) for folder in there.parents):
+            how = "is a file of"
+        else:
+            continue
+        raise InputError(f"{out} {how} the source, {source}; choose another name for the result")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,12 @@
 """What tests of the command line need: a tiny checkpoint, a clip of a scene, and runs of it."""
 
+import contextlib
 import dataclasses
+import resource
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hfcheckpoints
@@ -106,6 +110,19 @@ def start(*arguments: str | Path, largest_file: int | None = None) -> subprocess
         command = ["bash", "-c", f'ulimit -f {largest_file} && exec "$@"', "-", *command]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+
+
+@contextlib.contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """A larger file cannot be written, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def load_npz(path: Path) -> dict[str, NDArray[np.generic]]:

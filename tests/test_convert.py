@@ -362,7 +362,7 @@ def test_out_is_replaced_only_with_force(original: Path, out: Path) -> None:
 def test_out_may_not_be_the_source(source: Path) -> None:
     before = sorted(path.name for path in source.iterdir())
     for out in (source, source.parent, source / ".." / "hf"):
-        with pytest.raises(InputError, match="holds the source"):
+        with pytest.raises(InputError, match=r"(is|holds) the source"):
             convert(str(source), out, force=True)
     assert sorted(path.name for path in source.iterdir()) == before
 

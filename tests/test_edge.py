@@ -210,6 +210,13 @@ def test_options_that_the_export_has_in_it(
     assert "--window belongs to jvjepa export" in message
     message = refused(capfd, *command, "--runtime", "onnx", "--provider", "TpuProvider")
     assert "this ONNX Runtime has" in message
+    message = refused(capfd, *command, "--runtime", "tensorrt")
+    assert message.startswith(f"--runtime tensorrt: {assets / 'edge'} was exported for onnx; ")
+    provider = ("--provider", "CPUExecutionProvider")
+    for name, runtime in (("model", "jax"), ("edge", "tensorrt")):
+        given = ("stream", assets / name, *command[2:], "--runtime", runtime, *provider)
+        message = refused(capfd, *given)
+        assert f"CPUExecutionProvider is of ONNX Runtime, and --runtime is {runtime}; " in message
     message = refused(capfd, "stream", assets / "graph", *command[2:], "--runtime", "onnx")
     assert "has no gate" in message
     how = ("--runtime", "onnx", "--tau", "0")

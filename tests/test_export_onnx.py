@@ -326,6 +326,25 @@ def test_bad_input_of_the_command(
     assert listing(out) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--window 4", "--window is for --what step, and this is clip; leave it out"),
+        ("--what clip gate --positions absolute", "--positions is for --what step, and this is"),
+        ("--what gate --cache graph", "--cache is for --what step, and this is gate"),
+        ("--what step gate --frames 8", "--frames is for --what clip and classifier, and this is"),
+        ("--format litert --opset 18", "--opset is for --format onnx and tensorrt, and this is"),
+        ("--format stablehlo --provider CUDAExecutionProvider", "--provider is for --format onnx"),
+    ],
+)
+def test_options_that_nothing_would_follow(
+    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], given: str, message: str
+) -> None:
+    command = ("export", models / "plain", tmp_path / "out", *given.split())
+    assert message in refused(capfd, *command)
+    assert listing(tmp_path) == []
+
+
 def test_the_command(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -434,6 +434,8 @@ def test_outputs_that_are_refused(
     model = models["2.1"]
     with pytest.raises(InputError, match="nothing to write; give --pca, --npz or both"):
         run(model, picture)
+    with pytest.raises(InputError, match="--no-foreground is for --pca; give that too"):
+        run(model, picture, npz=tmp_path / "f.npz", foreground=False)
     with pytest.raises(InputError, match=r"f\.jpg must end in \.png or \.mp4"):
         run(model, picture, pca=tmp_path / "f.jpg")
     with pytest.raises(InputError, match=r"f\.npy must end in \.npz"):

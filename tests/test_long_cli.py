@@ -1,11 +1,8 @@
 """`jvjepa embed --max-tokens`: what it writes, prints and refuses."""
 
-import contextlib
 import logging
-import resource
-import signal
 import tracemalloc
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from commandline import (
     refused,
     run,
     save_tiny,
+    small_files,
     tiny_model,
     write_scene,
 )
@@ -199,19 +197,6 @@ def test_a_damaged_video_writes_nothing(
     assert "cut off" in message
     assert out.read_bytes() == b"precious"
     assert listing(tmp_path) == ["cut.mp4", "o.npz"]
-
-
-@contextlib.contextmanager
-def small_files(size: int) -> Iterator[None]:
-    """A larger file cannot be written, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 # All tokens are 107,520 bytes, and the whole file a few thousand more.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict
 from models import compiled, random_video, relative_error
+from PIL import Image
 from quality import (
     PROMPTS,
     in_memory,
@@ -172,6 +173,9 @@ def test_videos_that_cannot_be_read_are_an_error_and_no_pixels(tmp_path: Path) -
     for name in ("text.mp4", "missing.mp4"):
         with pytest.raises(VideoError, match=name):
             read_pixels(tmp_path / name, tiny_quality_config())
+    Image.new("RGB", (64, 48)).save(tmp_path / "still.png")
+    with pytest.raises(VideoError, match=r"still\.png: is a picture, and the scores are of videos"):
+        read_pixels(tmp_path / "still.png", tiny_quality_config())
 
 
 # --- Folders ------------------------------------------------------------------------------------

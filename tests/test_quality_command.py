@@ -121,7 +121,7 @@ def test_a_prompt_that_is_cut_off_is_said(
         (("model", "videos", "--out", "x.csv", "--prompt", "a", "--videos", "x"), "is for a .csv"),
         (("model", "model", "--out", "x.csv", "--prompt", "a"), "has no video in it"),
         (("model", "list.csv", "--out", "x.csv", "--prompt", "a"), "has prompts of its own"),
-        (("model", "list.csv", "--out", "list.csv"), "is the list of videos"),
+        (("model", "list.csv", "--out", "list.csv"), "list.csv is the source, "),
         (("model", "list.csv", "--out", "x.json"), "must end in .csv"),
         (("model", "list.csv", "--out", "nowhere/x.csv"), "is not a folder"),
         (("model", "list.csv", "--out", "x.csv"), "does not hold 3 of the videos"),

@@ -185,7 +185,7 @@ def test_bad_videos_and_folders_are_refused(
     assert "is no converted checkpoint" in refused(capfd, "quantize", tmp_path, tmp_path / "x")
     assert "exists; choose another" in refused(capfd, "quantize", model, assets / "int8")
     inside = refused(capfd, "quantize", model, model, "--force")
-    assert f"{model} holds the source, {model}" in inside
+    assert f"{model} is the source, {model}" in inside
     missing = tmp_path / "no" / "out"
     assert "is not a folder; make it first" in refused(capfd, "quantize", model, missing)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
