@@ -154,6 +154,9 @@ def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
                                       "--batch-size", 64)  # fmt: skip
     assert "is not there" in fails("mos", "evaluate", model, labels, "--out", tmp_path / "report",
                                    "--videos", tmp_path)  # fmt: skip
+    assert "model is the source" in fails("train", "mos", model, labels, folder, *SHORT)
+    assert "holds the source" in fails("mos", "evaluate", model, labels, "--out", folder, "--force")
+    assert model.is_dir()
     assert not (tmp_path / "report").exists()
     assert not (out / "run").exists()
 

@@ -107,6 +107,11 @@ def stream(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Options
 
 
+def test_the_model_is_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments(folder, folder)) == 2
+    assert "model is the source" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--steps", "--seed", "--save-every"])
 def test_what_epochs_and_the_probes_seed_say_has_no_other_option(
     folder: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
@@ -401,6 +406,7 @@ def pair(given: Sequence[str], code: str = "") -> list[tuple[int, str]]:
     return [(worker.returncode, text) for worker, text in zip(workers, shown, strict=True)]
 
 
+@pytest.mark.slow
 def test_two_processes(folder: Path, stream: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     ended = pair(arguments(folder, out, *SMALL, *STREAM, "--mesh.fsdp", 2))

@@ -27,6 +27,7 @@ from jvjepa.config import ModelConfig
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.recording import save_json
 from jvjepa.records import CONFIG_FILE
+from jvjepa.storage import check_apart
 from jvjepa.train.causal_lora import CausalLoraConfig, causal_lora_task, trained_adapters
 from jvjepa.train.data import ClipConfig
 from jvjepa.train.distill import DistillConfig, distill_task, student
@@ -197,6 +198,8 @@ class Probe(_OfModel):
         manifest, validation = self.manifests()
         if validation is None:
             raise InputError("--validation: the heads are compared on it; it must be given")
+        for made in ("model", "head"):
+            check_apart(self.out / made, self.model, self.lora)
         model = self.load(lora=self.lora)
         if self._of_whole_clips:  # before: with rope_grid = "config" the features depend on it
             model = with_crop_size(model, self.clip.crop_size)

@@ -19,7 +19,7 @@ from jvjepa.errors import InputError
 from jvjepa.options import DType
 from jvjepa.quality import HeadConfig, QualityModel, load_quality, new_quality, save_quality
 from jvjepa.quality_config import Feature
-from jvjepa.storage import check_free
+from jvjepa.storage import check_apart, check_free
 from jvjepa.text_weights import load_text
 from jvjepa.train.mos import MosConfig, mos_task, scorer, trained_quality
 from jvjepa.train.mos_data import Ratings, read_ratings, split
@@ -80,6 +80,7 @@ class Mos(Run):
         run = self.out / "run"
         if run.exists() and not self.resume:  # before features are computed
             raise InputError(f"{run} exists; resume it, or choose another folder")
+        check_apart(self.out / "model", self.model, self.text)
         sets = self._ratings()
         part = scorer(self._model(), self.config)
         store = Store(self.out / "features" if self.features is None else self.features)
@@ -148,6 +149,7 @@ class Evaluate:
     def run(self, console: Console) -> int:
         """Scores, measures and reports."""
         check_free(self.out, force=self.force)
+        check_apart(self.out, self.model, self.ratings, self.videos, self.features)
         if self.plots:
             require_plots()
         ratings = read_ratings(self.ratings, self.videos)
