@@ -141,7 +141,7 @@ class Predictor(nn.Module):
         num_tokens = grid[0] * grid[1] * grid[2]
         check_ids("context_ids", context_ids, batch, num_tokens, context_valid)
         check_ids("target_ids", target_ids, batch, num_tokens, target_valid)
-        _check_counts(seen, context_ids.shape[1], target_ids.shape[1])
+        _check_counts(seen, context_ids.shape[1])
         ids = [jnp.asarray(part).astype(jnp.int32) for part in (context_ids, target_ids)]
         ids = jnp.concatenate(ids, axis=1)  # [B, M + K]
         hidden = self.mask_tokens[mask_index].astype(self.dtype)[None, None]
@@ -237,11 +237,9 @@ def predict_pairs(
     ]
 
 
-def _check_counts(tokens: int, context_ids: int, target_ids: int) -> None:
+def _check_counts(tokens: int, context_ids: int) -> None:
     if context_ids != tokens:
         raise InputError(f"context has {tokens} tokens and context_ids {context_ids} ids a clip")
-    if target_ids == 0:
-        raise InputError("target_ids holds 0 ids a clip; it must be at least 1")
 
 
 def _key_mask(*parts: tuple[Array | None, Array]) -> Array | None:

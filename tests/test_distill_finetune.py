@@ -51,7 +51,7 @@ def batch() -> Batch:
     return Batch(video, np.array([2, 0], np.int32), np.array([0, 1], np.int32))
 
 
-@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 1])
 def test_the_student_learns_what_the_teacher_gives(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

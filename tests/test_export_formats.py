@@ -76,6 +76,7 @@ np.save({str(tmp_path / "tokens.npy")!r}, tokens)
     assert relative_error(found, tokens_of(tiny(), video)) < 1e-5
 
 
+@pytest.mark.slow
 def test_litert(model: Path, tmp_path: Path) -> None:
     errors = _export(model, tmp_path / "whole", format="litert", batch=2)
     assert max(errors.values()) < 1e-5

@@ -113,6 +113,7 @@ def test_the_manifest_says_it_all(plain: Path) -> None:
     assert listing(plain) == sorted([*(f"{what}.onnx" for what in ALL), "manifest.json"])
 
 
+@pytest.mark.slow
 def test_half_precision_and_a_ring_in_the_graph(models: Path) -> None:
     out = models / "half"
     options = Options(what=ALL, window=WINDOW, precision="float16", cache="graph", batch=2)
@@ -130,6 +131,7 @@ def test_half_precision_and_a_ring_in_the_graph(models: Path) -> None:
     assert shapes == {("video", (2, 4, 64, 64, 3))}
 
 
+@pytest.mark.slow
 def test_adapters_and_areas_are_in_the_graph(models: Path) -> None:
     model = jvjepa.load(models / "plain")
     config = LoraConfig(rank=2)
@@ -148,6 +150,7 @@ def test_adapters_and_areas_are_in_the_graph(models: Path) -> None:
     assert manifest.read(models / "merged").model["lora_sha256"]
 
 
+@pytest.mark.slow
 def test_kernels_of_int8_stay_int8(models: Path) -> None:
     """Their products are those of the library: exact where only the weights are small."""
     source = models / "int8"

@@ -35,8 +35,8 @@ MESHES = {
     "1x1x8": {"model": 8},
 }
 QUICK = [("toy", mesh) for mesh in MESHES]
-QUICK += [("lora", "8x1x1"), ("lora", "2x2x2"), ("pretrain", "8x1x1")]
-SLOW = [("lora", "2x4x1"), ("lora", "1x1x8")]
+QUICK += [("lora", "2x2x2"), ("pretrain", "8x1x1")]
+SLOW = [("lora", "8x1x1"), ("lora", "2x4x1"), ("lora", "1x1x8")]
 SLOW += [("pretrain", "2x4x1"), ("pretrain", "2x2x2"), ("pretrain", "1x1x8")]
 # Programs that are run four times are not worth many optimizations.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -242,6 +242,7 @@ class _ends:
         self._feed.__exit__(*error)
 
 
+@pytest.mark.slow
 def test_what_can_be_learned_is_learned(model: QualityModel, tmp_path: Path) -> None:
     part = scorer(model, UPPER)
     some = examples(part, tmp_path, count=16)

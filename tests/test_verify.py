@@ -77,6 +77,7 @@ def test_bfloat16_passes_against_rounded_weights(made: Path, tmp_path: Path) -> 
     assert relative_error(rounded, exact) > 10 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_sizes_and_seed_are_used(made: Path) -> None:
     first, other = (
         verify(made / "ours", str(made / "hf"), frames=2, clips=1, seed=seed) for seed in (0, 1)

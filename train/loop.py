@@ -160,7 +160,7 @@ def train(
 
 
 def best_state(task: Task, config: LoopConfig, folder: str | Path) -> tuple[int | None, State]:
-    """Reads the best state of a run; where nothing was measured, the newest.
+    """Reads the best state of a run; where none has a finite measurement, the newest.
 
     Args:
         task: of the run; it says what the best is.
@@ -168,7 +168,7 @@ def best_state(task: Task, config: LoopConfig, folder: str | Path) -> tuple[int 
         folder: of the run.
 
     Returns:
-        Its step, None where nothing was measured, and the state on the devices.
+        Its step, None where none has a finite measurement, and the state on the devices.
 
     Raises:
         CheckpointError: a checkpoint is damaged.

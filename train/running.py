@@ -35,9 +35,7 @@ class Run:
             return whole(state)
         step, state = best_state(task, self.loop, folder)
         if step is None:
-            console.print(
-                f"nothing was measured, so that the last state is kept: no {task.best.metric}"
-            )
+            console.print(f"no checkpoint has a finite {task.best.metric}: the last one is taken")
         else:
             console.print(f"the best by {task.best.metric} is step {step}")
         return whole(state)
