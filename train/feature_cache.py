@@ -106,12 +106,16 @@ def open_or_make(
         DataError: the cache is damaged, or was made of something else; the message says of what.
         TrainingError: another process has died.
     """
-    wanted = _flat(_made_of(model, manifest, config))  # it takes time: here, while others encode
-    if jax.process_index() == 0 and not os.path.lexists(folder):
+    makes = jax.process_index() == 0 and not os.path.lexists(folder)
+    if makes:
         options = {"batch_size": batch_size, "workers": workers, "max_bad": max_bad}
         make_features(folder, model, manifest, config, **options, console=console)
+    # Hashing the weights takes time: not twice, and while process 0 encodes.
+    wanted = {} if makes else _flat(_made_of(model, manifest, config))
     _wait_for_all("features")
     features = open_features(folder)
+    if makes:
+        return features
     found = _flat(features.made_of)
     keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if keys:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.train.feature_cache import Features, check_classes, check_kind, count_classes
+from jvjepa.train.manifest import few
 from jvjepa.typing import Array
 
 _ROWS = 64  # videos that are read from a cache together
-_NAMED = 5  # rows that an error names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,9 +152,7 @@ def _directions(name: str, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True)
     wrong = np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))
     if len(wrong):
-        more = ", .." if len(wrong) > _NAMED else ""
-        rows = ", ".join(map(str, wrong[:_NAMED].tolist())) + more
-        raise InputError(f"{name}: rows {rows} are zero or not finite, and have no direction")
+        raise InputError(f"{name}: rows {few(wrong)} are zero or not finite, and have no direction")
     return (vectors / lengths).astype(np.float32)
 
 
