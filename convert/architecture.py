@@ -17,6 +17,7 @@ from jvjepa.config import (
 )
 from jvjepa.convert.labels import ActionLabels
 from jvjepa.errors import CheckpointError, ConfigError, InputError
+from jvjepa.fields import check, is_whole
 from jvjepa.registry import LEVELS, RELEASES, Probe, Release
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -36,6 +37,12 @@ class Hints:
     heads: int | None = None
     predictor_heads: int | None = None
     crop_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            fits = value is None or is_whole(value, 1)
+            check(fits, self, field.name, "a whole number above 0")
 
 
 def released_file(path: Path) -> Release | None:
@@ -65,7 +72,7 @@ def infer(path: Path, shapes: Shapes, hints: Hints) -> ModelConfig:
 
     Raises:
         CheckpointError: the shapes are of no V-JEPA, the parts are of different models, or the file
-            has a release's name and other sizes.
+            has a release's name and other sizes, or hints say other ones.
         InputError: something is not known and must be said.
     """
     encoder = _encoder(path, shapes)
@@ -77,10 +84,13 @@ def infer(path: Path, shapes: Shapes, hints: Hints) -> ModelConfig:
             f"{path} is called as a released file and is another model: its encoder has "
             f"{_list(encoder)}; give the file another name"
         )
+    if named:
+        _check_hints(path, hints, named.config)
     head_counts = {r.config.encoder.hidden_size: r.config.encoder.num_heads for r in releases}
-    encoder["num_heads"] = hints.heads or _known(
-        path, "--heads", "attention heads of an encoder", encoder["hidden_size"], head_counts
-    )
+    encoder["num_heads"] = hints.heads
+    if hints.heads is None:
+        what = "attention heads of an encoder"
+        encoder["num_heads"] = _known(path, "--heads", what, encoder["hidden_size"], head_counts)
     crops = {config.crop_size for config in alike}
     if hints.crop_size is None and len(crops) != 1:
         known = f"; released with these sizes are {sorted(crops)}" if crops else ""
@@ -88,7 +98,7 @@ def infer(path: Path, shapes: Shapes, hints: Hints) -> ModelConfig:
             f"{path} does not say for which size of input it was trained; say it with "
             f"--crop-size{known}"
         )
-    encoder["crop_size"] = hints.crop_size or crops.pop()
+    encoder["crop_size"] = crops.pop() if hints.crop_size is None else hints.crop_size
     try:
         return ModelConfig(
             encoder=EncoderConfig(**encoder),
@@ -228,8 +238,7 @@ def _predictor(path: Path, shapes: Shapes, width: int, heads: int | None) -> Pre
     return PredictorConfig(
         hidden_size=inner,
         num_layers=_count(path, shapes, "predictor.predictor_blocks"),
-        num_heads=heads
-        or _known(path, "--predictor-heads", "attention heads of a predictor", inner, known),
+        num_heads=_predictor_heads(path, heads, inner, known),
         mlp_dim=_shape(path, shapes, "predictor.predictor_blocks.0.mlp.fc1.weight", 2)[0],
         num_mask_tokens=_count(path, shapes, "predictor.mask_tokens"),
         rope="interleaved" if is_2_1 else "tiled",
@@ -251,8 +260,7 @@ def _action_predictor(
     return ActionPredictorConfig(
         hidden_size=inner,
         num_layers=_count(path, shapes, blocks),
-        num_heads=heads
-        or _known(path, "--predictor-heads", "attention heads of a predictor", inner, known),
+        num_heads=_predictor_heads(path, heads, inner, known),
         mlp_dim=_shape(path, shapes, f"{blocks}.0.mlp.fc1.weight", 2)[0],
         action_dim=action,
     )
@@ -260,6 +268,30 @@ def _action_predictor(
 
 def _with_predictor() -> list[Release]:
     return [release for release in RELEASES.values() if release.config.predictor is not None]
+
+
+def _check_hints(path: Path, hints: Hints, release: ModelConfig) -> None:
+    """Raises CheckpointError where a hint is not what the release has that a file is called as."""
+    predictor = release.predictor or release.action_predictor
+    released = Hints(
+        heads=release.encoder.num_heads,
+        predictor_heads=predictor.num_heads if predictor else None,
+        crop_size=release.crop_size,
+    )
+    for name, right in dataclasses.asdict(released).items():
+        asked = getattr(hints, name)
+        if asked not in (None, right):
+            raise CheckpointError(
+                f"{path} is called as a released file, for which --{name.replace('_', '-')} "
+                f"{right} is right and {asked} is not; give another model's file another name"
+            )
+
+
+def _predictor_heads(path: Path, asked: int | None, width: int, by_width: Mapping[int, int]) -> int:
+    if asked is not None:
+        return asked
+    what = "attention heads of a predictor"
+    return _known(path, "--predictor-heads", what, width, by_width)
 
 
 def _known(path: Path, option: str, what: str, width: int, by_width: Mapping[int, int]) -> int:

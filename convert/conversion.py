@@ -115,7 +115,7 @@ def convert(
     """
     out = Path(out)
     check_dtype(dtype)
-    check_free(out, force=force)
+    check_free(out, WEIGHTS_FILE, force=force)
     with open_original(source, revision=revision, key=key, hints=hints) as original:
         check_apart(out, original.path)
         weights, wanted = original.weights, original.entries
@@ -125,7 +125,7 @@ def convert(
         if areas is not None:
             config = dataclasses.replace(config, encoder=areas.of(config.encoder))
         pieces = progress(read_pieces(weights, wanted, target), len(wanted), "converting")
-        with new_folder(out, force=force) as work:
+        with new_folder(out, WEIGHTS_FILE, force=force) as work:
             write_checkpoint(work, config, record, target, pieces)
     return Report.of(out, target, count_parameters(original.config), record)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jvjepa import records
 from jvjepa import weights as our_weights
+from jvjepa.adapters import ADAPTERS_FILE, load_adapters
 from jvjepa.config import EncoderConfig, ModelConfig
 from jvjepa.convert.architecture import Hints, infer, released_probe
 from jvjepa.convert.bert import bert_entries, is_bert, read_text_config, split
@@ -34,6 +35,7 @@ from jvjepa.convert.tables import expected_shapes
 from jvjepa.convert.torchfile import TorchFile, open_torch
 from jvjepa.convert.torchpickle import inspect_pickle
 from jvjepa.errors import CheckpointError, ConfigError, InputError
+from jvjepa.export import manifest as exports
 from jvjepa.parameters import count_parameters
 from jvjepa.quality_summary import Summary, summarise
 from jvjepa.registry import RELEASES
@@ -66,7 +68,8 @@ def diagnose(path: str | Path) -> Diagnosis:
     """Looks at a checkpoint without converting it, and without running anything in it.
 
     Args:
-        path: a converted folder, a Hugging Face folder, a `.pt` file of Meta's, or what may be one.
+        path: a folder of ours (converted, adapters, or an export), a Hugging Face folder, a `.pt`
+            file of Meta's, or what may be one.
 
     Returns:
         The diagnosis. A damaged or unknown file is a diagnosis too.
@@ -79,7 +82,9 @@ def diagnose(path: str | Path) -> Diagnosis:
         raise InputError(f"{path} does not exist")
     try:
         if not path.is_dir():
-            return _torch_file(path)
+            return _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
+        if (path / exports.MANIFEST).exists():
+            return _export(path)
         if not (path / records.CONFIG_FILE).exists():
             return _folder_without_config(path)
         return _ours(path) if _is_ours(path) else _hugging_face(path)
@@ -103,6 +108,8 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _ours(folder: Path) -> Diagnosis:
+    if records.read_format(folder) == records.LORA_FORMAT:
+        return _adapters(folder)
     summary = summarise(folder)
     if summary is not None:
         return _quality(folder, summary)
@@ -133,7 +140,54 @@ def _ours(folder: Path) -> Diagnosis:
         commands=[
             f"jvjepa {verb} {folder} VIDEO{out}",
             f"jvjepa stream {folder} VIDEO --out F.npz",
-        ],
+        ]
+        if not problems
+        else [],
+    )
+
+
+def _adapters(folder: Path) -> Diagnosis:
+    adapters = load_adapters(folder)
+    config = adapters.config
+    facts = {"adapters": f"rank {config.rank}, alpha {config.alpha:g}, dropout {config.dropout:g}"}
+    for part, digest in adapters.base.items():
+        facts[f"trained on, {part}"] = f"weights with sha256 {digest}"
+    return Diagnosis(
+        path=folder,
+        kind="LoRA adapters",
+        facts=facts | _files([folder / ADAPTERS_FILE]),
+        problems=[],
+        commands=[f"jvjepa lora info {folder}", f"jvjepa lora merge MODEL {folder} OUT"],
+    )
+
+
+def _export(folder: Path) -> Diagnosis:
+    """Of what `jvjepa export` wrote."""
+    found, problems = exports.read(folder), []
+    for what in found.artefacts:
+        try:
+            found.entry(folder, what)
+        except CheckpointError as error:
+            problems.append(str(error))
+    runs = {"step", "gate"} <= set(found.artefacts) and found.runtime in ("onnx", "tensorrt")
+    stream = f"jvjepa stream {folder} VIDEO --runtime {found.runtime} --out F.npz"
+    return Diagnosis(
+        path=folder,
+        kind=f"an export for {found.runtime}",
+        facts={"holds": ", ".join(found.artefacts), "precision": found.precision},
+        problems=problems,
+        commands=[stream] if runs and not problems else [],
+    )
+
+
+def _safetensors(path: Path) -> Diagnosis:
+    """Of a file that says nothing without the folder that it is in."""
+    return Diagnosis(
+        path=path,
+        kind="weights without a config.json",
+        facts=_files([path]),
+        problems=[f"they are understood with the config.json of their folder, {path.parent}"],
+        commands=[f"jvjepa doctor {path.parent}"],
     )
 
 
@@ -146,7 +200,7 @@ def _quality(folder: Path, summary: Summary) -> Diagnosis:
         facts["dtype"] = summary.check(folder).name
     except CheckpointError as error:
         problems.append(str(error))
-    scores = "scores" in facts
+    scores = "scores" in facts and not problems
     return Diagnosis(
         path=folder,
         kind=summary.kind,
@@ -173,7 +227,9 @@ def _hugging_face(folder: Path) -> Diagnosis:
         kind="a Hugging Face checkpoint of V-JEPA 2",
         facts=facts,
         problems=problems,
-        commands=[f"jvjepa convert {folder} OUT", f"jvjepa verify OUT {folder}"],
+        commands=[f"jvjepa convert {folder} OUT", f"jvjepa verify OUT {folder}"]
+        if not problems
+        else [],
     )
 
 
@@ -208,7 +264,11 @@ def _folder_without_config(folder: Path) -> Diagnosis:
         kind="a folder without a config.json",
         facts={"files": shown or "none"},
         problems=["it is neither a converted checkpoint nor one of Hugging Face's"],
-        commands=[f"jvjepa doctor {folder / name}" for name in names if name.endswith(".pt")],
+        commands=[
+            f"jvjepa doctor {folder / name}"
+            for name in names
+            if name.endswith(".pt") or (folder / name / records.CONFIG_FILE).exists()
+        ],
     )
 
 
@@ -238,6 +298,15 @@ def _torch_file(path: Path) -> Diagnosis:
         )
 
 
+def _records(file: TorchFile, problems: list[str]) -> dict[str, str]:
+    """Size and digest of a file; a record whose checksum is wrong is added to the problems."""
+    try:
+        return {file.path.name: _size(file.path, file.archive.sha256())}
+    except CheckpointError as error:
+        problems.append(str(error))
+        return _files([file.path])
+
+
 def _pretrained(file: TorchFile) -> Diagnosis:
     """Every encoder that is in the file is looked at."""
     facts, problems, commands = {"holds": str(file)}, [], []
@@ -249,21 +318,22 @@ def _pretrained(file: TorchFile) -> Diagnosis:
         facts |= {f"left out, {name}": why for name, why in weights.dropped.items()}
         # Numbers of heads and of pixels change no shape; where nobody knows them, any will do here.
         config, unknown = _infer(file.path, weights.shapes)
+        facts |= {f"{key}, {what}": text for what, text in _describe(config, unknown).items()}
+        options = "".join(f" {option} .." for option in unknown)
         try:
             wanted = expected_shapes(meta_entries(config))
             check_names(f"{file.path}, {key}", weights.shapes, wanted)
+            commands.append(f"jvjepa convert {file.path} OUT --key {key}{options}")
         except CheckpointError as error:
             problems.append(str(error))
-        facts |= {f"{key}, {what}": text for what, text in _describe(config, unknown).items()}
-        options = "".join(f" {option} .." for option in unknown)
-        commands.append(f"jvjepa convert {file.path} OUT --key {key}{options}")
-    facts |= _files([file.path])
+    damage: list[str] = []
+    facts |= _records(file, damage)
     return Diagnosis(
         path=file.path,
         kind="a checkpoint of Meta's V-JEPA",
         facts=facts,
-        problems=problems,
-        commands=commands,
+        problems=problems + damage,
+        commands=[] if damage else commands,
     )
 
 
@@ -282,11 +352,12 @@ def _qualivision(file: TorchFile) -> Diagnosis:
     left_out = {f"left out, {name}": why for name, why in weights.dropped.items()}
     facts = {"holds": str(file), "dtype": _dtypes(weights.tensors), **left_out}
     facts["text encoder"] = "in the file" if weights.has_text else "not in the file"
+    facts |= _records(file, problems)
     text = "--text BAAI/bge-large-en-v1.5"
     return Diagnosis(
         path=file.path,
         kind="a checkpoint of QualiVision",
-        facts=facts | _files([file.path]),
+        facts=facts,
         problems=problems,
         commands=[] if problems else [f"jvjepa convert {file.path} OUT {text}"],
     )
@@ -349,12 +420,15 @@ def _probe(file: TorchFile) -> Diagnosis:
     released = released_probe(file.path)
     if released is not None:
         facts["named as"] = f"the released probe for {released.encoder}"
+    problems = [] if "classes" in facts else [f"it has no {needed}.weight"]
+    facts |= _records(file, problems)
+    convert = f"jvjepa convert --probe {file.path} --encoder MODEL --labels FILE OUT"
     return Diagnosis(
         path=file.path,
         kind="an attentive probe of Meta's, without an encoder",
-        facts={**facts, **_files([file.path])},
-        problems=[] if "classes" in facts else [f"it has no {needed}.weight"],
-        commands=[f"jvjepa convert --probe {file.path} --encoder MODEL --labels FILE OUT"],
+        facts=facts,
+        problems=problems,
+        commands=[] if problems else [convert],
     )
 
 
@@ -395,5 +469,9 @@ def _files(paths: list[Path]) -> dict[str, str]:
     for path in paths:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        facts[path.name] = f"{path.stat().st_size / 1e6:,.1f} MB, sha256 {digest}"
+        facts[path.name] = _size(path, digest)
     return facts
+
+
+def _size(path: Path, digest: str) -> str:
+    return f"{path.stat().st_size / 1e6:,.1f} MB, sha256 {digest}"

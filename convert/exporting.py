@@ -47,8 +47,8 @@ def export_hf(model: str | Path, out: str | Path, *, force: bool = False) -> Rep
             exists or holds it.
     """
     model, out = Path(model), Path(out)
-    check_free(out, force=force)
     check_apart(out, model)
+    check_free(out, WEIGHTS_FILE, force=force)
     config, source = read_record(model)
     try:
         hf_config = to_hf_config(config, None if source is None else source.config)
@@ -59,7 +59,7 @@ def export_hf(model: str | Path, out: str | Path, *, force: bool = False) -> Rep
         wanted = hf_entries(config)
         shapes = expected_shapes(wanted)
         pieces = progress(_pieces(file, wanted, config), len(wanted), "exporting")
-        with new_folder(out, force=force) as work:
+        with new_folder(out, WEIGHTS_FILE, force=force) as work:
             _write_json(work / CONFIG_FILE, _with_dtype(hf_config, dtype.name))
             if source is not None and source.preprocessor is not None:
                 _write_json(work / PREPROCESSOR_FILES[0], source.preprocessor)

@@ -34,7 +34,8 @@ def read_labels(path: str | Path) -> tuple[str, ...] | ActionLabels:
     Args:
         path: for a classifier, or for an anticipator of actions alone: a JSON list of names; a JSON
             object {"0": name, ..}, or one that has such an object under "id2label", as Hugging
-            Face's config.json does; or a text with one name a line. For an anticipator: a JSON
+            Face's config.json does; or a text with one name a line, in UTF-8. Classes may share a
+            name, as ImageNet's two cranes do. For an anticipator: a JSON
             object {"verbs": [name, ..], "nouns": [name, ..], "actions": [[verb, noun], ..]} whose
             pairs are places in the two lists, from 0; or EPIC_100_train.csv, see
             `read_epic_labels`. What EPIC_100_verb_classes.csv and EPIC_100_noun_classes.csv call
@@ -44,15 +45,15 @@ def read_labels(path: str | Path) -> tuple[str, ...] | ActionLabels:
         The names, in the order of the logits.
 
     Raises:
-        InputError: it is none of these.
+        InputError: it is none of these; the message names the line of a text.
     """
     path = Path(path)
     if path.suffix == ".csv":
         beside = (path.with_name(name) for name in (_VERB_NAMES, _NOUN_NAMES))
         return read_epic_labels(path, *(file if file.exists() else None for file in beside))
-    text = path.read_text(encoding="utf-8")
+    text = _read_text(path)
     if path.suffix != ".json":
-        return _names(path, text.splitlines())
+        return _lines(path, text)
     try:
         values = json.loads(text)
     except ValueError as error:
@@ -149,6 +150,26 @@ def _action_labels(path: Path, values: Mapping[str, Any]) -> ActionLabels:
                 )
         names = [f"{verbs[verb]} {nouns[noun]}" for verb, noun in names]
     return ActionLabels(actions=_names(path, names), verbs=verbs, nouns=nouns)
+
+
+def _read_text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        raise InputError(f"{path}:{line}: is not a text in UTF-8 ({error.reason})") from None
+
+
+def _lines(path: Path, text: str) -> tuple[str, ...]:
+    """The names in a text; empty lines at its end are none."""
+    names = text.splitlines()
+    while names and not names[-1].strip():
+        names.pop()
+    for number, name in enumerate(names, 1):
+        if not name.strip():
+            raise InputError(f"{path}:{number}: is empty; it must be the name of a class")
+    return _names(path, names)
 
 
 def _names(path: Path, names: object) -> tuple[str, ...]:

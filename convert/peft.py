@@ -21,6 +21,7 @@ from jvjepa.storage import check_apart, check_free, new_folder, write_safetensor
 from jvjepa.weights import load
 
 _PREFIX = "base_model.model"  # peft's wrappers
+_WEIGHTS_FILE = "adapter_model.safetensors"
 _F32 = np.dtype(np.float32)
 
 
@@ -44,8 +45,8 @@ def export_peft(
         ConfigError: transformers does not have this model, or peft not this kind of adapter.
     """
     out = Path(out)
-    check_free(out, force=force)
     check_apart(out, model, adapter)
+    check_free(out, _WEIGHTS_FILE, force=force)
     loaded = load(model)
     source = loaded.source
     try:
@@ -57,10 +58,10 @@ def export_peft(
     modules = [name.removesuffix(".lora_A.weight") for name in pieces if ".lora_A." in name]
     config = _config(adapters, [name.removeprefix(f"{_PREFIX}.") for name in modules])
     config["base_model_name_or_path"] = None if source is None else source.name
-    with new_folder(out, force=force) as work:
+    with new_folder(out, _WEIGHTS_FILE, force=force) as work:
         text = json.dumps(config, indent=2) + "\n"
         (work / "adapter_config.json").write_text(text, encoding="utf-8")
-        path, shapes = work / "adapter_model.safetensors", {n: x.shape for n, x in pieces.items()}
+        path, shapes = work / _WEIGHTS_FILE, {n: x.shape for n, x in pieces.items()}
         write_safetensors(path, shapes, _F32, pieces.items(), {"format": "pt"})
     return len(modules)
 

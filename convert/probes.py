@@ -25,6 +25,7 @@ from jvjepa.weights import (
     Source,
     check_names,
     check_stored,
+    made_here,
     read_record,
     write_checkpoint,
 )
@@ -66,8 +67,8 @@ def attach_probe(
         InputError: one of the two cannot be read, they do not fit together, or `out` exists.
     """
     probe, encoder, out = Path(probe), Path(encoder), Path(out)
-    check_free(out, force=force)
     check_apart(out, encoder, probe)
+    check_free(out, WEIGHTS_FILE, force=force)
     config, source = read_record(encoder)
     if config.classifier is not None or config.anticipator is not None:
         raise InputError(f"{encoder} has a classifier already; attach the probe to an encoder")
@@ -99,9 +100,9 @@ def attach_probe(
             converter=__version__,
             keys=weights.parts,
         )
-        source = dataclasses.replace(source, probe=record) if source else None
+        source = dataclasses.replace(source or made_here(encoder), probe=record)
         pieces = _pieces(stored, config, weights, wanted, dtype)
-        with new_folder(out, force=force) as work:
+        with new_folder(out, WEIGHTS_FILE, force=force) as work:
             write_checkpoint(work, config, source, dtype, pieces)
     return Report.of(out, dtype, count_parameters(config), source)
 

@@ -27,7 +27,7 @@ from jvjepa.storage import check_apart, check_free, new_folder
 from jvjepa.text_config import TextConfig
 from jvjepa.text_weights import read_tokenizer, text_shapes
 from jvjepa.version import __version__
-from jvjepa.weights import check_dtype, check_names, write_folder
+from jvjepa.weights import WEIGHTS_FILE, check_dtype, check_names, write_folder
 
 
 def is_text_source(source: str, revision: str | None = None) -> bool:
@@ -69,7 +69,7 @@ def convert_text(
     """
     out = Path(out)
     check_dtype(dtype)
-    check_free(out, force=force)
+    check_free(out, WEIGHTS_FILE, force=force)
     found = hub.resolve(source, revision)
     check_apart(out, found.path)
     hf_config, config = read_text_config(found.path)
@@ -80,7 +80,7 @@ def convert_text(
         target = target_dtype(used, dtype)
         record = _text_record(found, weights, hf_config)
         pieces = progress(read_pieces(weights, wanted, target), len(wanted), "converting")
-        with new_folder(out, force=force) as work:
+        with new_folder(out, WEIGHTS_FILE, force=force) as work:
             shapes = text_shapes(config)
             described = {"text": config.to_json()}
             write_folder(work, TEXT_FORMAT, described, record, target, shapes, pieces)
@@ -125,8 +125,8 @@ def convert_quality(
     """
     path, out = Path(source), Path(out)
     check_dtype(dtype)
-    check_free(out, force=force)
     check_apart(out, path)
+    check_free(out, WEIGHTS_FILE, force=force)
     found = hub.resolve(text, revision)
     check_apart(out, found.path)
     hf_config, text_config = read_text_config(found.path)
@@ -154,7 +154,7 @@ def convert_quality(
         target = target_dtype(weights.tensors, dtype)
         pieces = progress(read_pieces(weights, wanted, target), len(wanted), "converting")
         shapes = quality_shapes(config)
-        with new_folder(out, force=force) as work:
+        with new_folder(out, WEIGHTS_FILE, force=force) as work:
             described = {"quality": config.to_json()}
             write_folder(work, QUALITY_FORMAT, described, record, target, shapes, pieces)
             tokenizer.save(work)

@@ -180,9 +180,9 @@ def infer(path: Path, weights: QualiVisionWeights, text: TextConfig, hints: Hint
         encoder = EncoderConfig(
             hidden_size=width,
             num_layers=layers,
-            num_heads=hints.heads or _heads(path, width),
+            num_heads=_heads(path, width) if hints.heads is None else hints.heads,
             mlp_dim=mlp_dim,
-            crop_size=hints.crop_size or _CROP_SIZE,
+            crop_size=_CROP_SIZE if hints.crop_size is None else hints.crop_size,
             frames_per_clip=_NUM_FRAMES,
             patch_size=side,
             tubelet_size=frames,

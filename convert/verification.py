@@ -88,6 +88,8 @@ def verify(
     if clips < 1:
         raise InputError(f"clips = {clips}; it must be at least 1")
     attached = record.probe if record else None
+    if attached and not attached.keys:
+        raise InputError(f"{model} has a probe of {attached.name}, which has no PyTorch original")
     if attached and probe is None:
         raise InputError(f"{model} has the probe of {attached.name}; give it with --probe")
     if probe is not None and not attached:

@@ -40,7 +40,7 @@ class Export:
     batch: str = "1"
     """Clips or streams at a time, or "open"."""
     frames: int | None = None
-    """Frames of a clip; by default as many as the model was trained with."""
+    """Frames of a clip; by default as many as the encoder, or the classifier, was trained with."""
     height: int | None = None
     """Pixels; by default the model's own size."""
     width: int | None = None
@@ -66,7 +66,7 @@ class Export:
     lora: Path | None = None
     """LoRA adapters to merge into the weights."""
     force: bool = False
-    """Replace OUT."""
+    """Replace OUT, if it is empty or a folder of the kind that is written."""
 
 
 def export_command(options: Export, console: Console) -> int:

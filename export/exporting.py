@@ -3,11 +3,8 @@
 import dataclasses
 import importlib
 import importlib.metadata
-import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +14,11 @@ from jvjepa.area import AreaOptions
 from jvjepa.errors import InputError
 from jvjepa.export import tensorrt
 from jvjepa.export.artefact import Artefact, artefact, weights_of
-from jvjepa.export.manifest import Entry, Manifest
+from jvjepa.export.manifest import MANIFEST, Entry, Manifest, files_of
 from jvjepa.export.options import HALF_SCALES, TOLERANCE, Format, Options
 from jvjepa.export.parity import Parity, check
 from jvjepa.export.sessions import CPU, Session, open_session
+from jvjepa.export.worker import call
 from jvjepa.quantization import Scheme
 from jvjepa.storage import check_apart, check_free, new_folder
 from jvjepa.weights import Model, load
@@ -109,22 +107,15 @@ def export(
 
     Raises:
         InputError: bad input, a folder that holds the model, a library that is missing, an
-            operator that TensorRT does not take, or parity above the tolerance.
+            operator that TensorRT does not take, parity above the tolerance, or a process that was
+            killed.
         OSError: a file cannot be written.
     """
-    check_free(out, force=force)
     check_apart(out, source.model, source.lora)
-    with (
-        new_folder(out, force=force) as work,
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process,
-    ):
-        try:
-            return process.submit(export_here, source, work, options).result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"the process that exported {source.model} was killed; for lack of memory, if "
-                "nobody did it: it needs about five times the size of the float32 weights"
-            ) from error
+    check_free(out, MANIFEST, force=force)
+    with new_folder(out, MANIFEST, force=force) as work:
+        who = f"the process that exported {source.model}"
+        return call(who, export_here, source, work, options)
 
 
 def export_here(source: Source, folder: Path, options: Options) -> tuple[list[Exported], list[str]]:
@@ -142,20 +133,17 @@ def export_here(source: Source, folder: Path, options: Options) -> tuple[list[Ex
         begin = time.perf_counter()
         path = folder / f"{one.what}{_FORMS[runtime].suffix}"
         _writer(options)(path, one, model, weights_of(model, one.parts, scheme), options)
-        if builds:
-            plain = Entry(
-                files={}, inputs=one.inputs, outputs=one.outputs, parity={}, tolerance=0.0
-            )
-            path = tensorrt.build(path, plain)
-        written = time.perf_counter()
         entry = _entry(folder, path, one, options)
+        if builds:
+            entry = tensorrt.build_entry(folder, entry)
+        written = time.perf_counter()
         session = open_artefact(folder, one, entry, runtime, options.provider)
         loaded = time.perf_counter()
         parity = check(one, model, session.run, options)
         entries[one.what] = dataclasses.replace(
             entry, parity={name: dataclasses.asdict(found) for name, found in parity.items()}
         )
-        size = sum(entry.files.values())
+        size = sum(file.num_bytes for file in entry.files.values())
         exported.append(Exported(one.what, size, parity, (written - begin, loaded - written)))
     _manifest(model, source, options, runtime, entries).write(folder)
     remarks = []
@@ -172,9 +160,11 @@ def _check_scheme(scheme: Scheme | None, options: Options) -> None:
             "the model's layers round each token's input to a step of its own (int8-dynamic), for "
             "which these formats have no operator; quantize with int8-static or int8"
         )
-    if scheme == "int8-static" and options.format not in ("onnx", "tensorrt"):
+    onnx = options.format in ("onnx", "tensorrt")
+    if scheme == "int8-static" and not onnx:
         raise InputError(f"int8-static can be exported to onnx and tensorrt, not {options.format}")
-    if scheme is not None and options.precision == "float16" and options.opset < HALF_SCALES:
+    integers = onnx and scheme is not None and scheme.startswith("int8")
+    if integers and options.precision == "float16" and options.opset < HALF_SCALES:
         raise InputError(
             f"opset = {options.opset}; quantized kernels in float16 need {HALF_SCALES}, the first "
             "whose DequantizeLinear gives float16"
@@ -220,9 +210,8 @@ def _entry(folder: Path, path: Path, one: Artefact, options: Options) -> Entry:
         found.sort(key=lambda file: file.name != "saved_model.pb")
     else:
         found = sorted(path.parent.glob(f"{path.name}*"))
-    files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in found}
     return Entry(
-        files=files,
+        files=files_of(folder, found),
         inputs=one.inputs,
         outputs=one.outputs,
         parity={},
@@ -239,8 +228,8 @@ def _manifest(
     about = {"folder": source.model.name}
     if origin is not None:
         about |= {"name": origin.name, "revision": origin.revision, "sha256": origin.sha256}
-        if origin.lora is not None:
-            about["lora_sha256"] = origin.lora["sha256"]
+        if origin.lora:
+            about["lora_sha256"] = ", ".join(one["sha256"] for one in origin.lora)
     stream = {
         "window": options.window,
         "positions": options.positions,

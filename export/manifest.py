@@ -1,8 +1,9 @@
 """`manifest.json`: what an export folder holds, and whether it is whole. Needs no JAX."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from jvjepa.errors import CheckpointError, InputError
 
 MANIFEST = "manifest.json"
-FORMAT = "jvjepa-export-1"
+FORMAT = "jvjepa-export-2"
 BATCH = "batch"  # what an open batch is called
 
 Arrays = dict[str, NDArray[Any]]
@@ -38,23 +39,71 @@ class Port:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class File:
+    """A file as it was written.
+
+    Args:
+        num_bytes: its size.
+        sha256: of its bytes, hexadecimal.
+    """
+
+    num_bytes: int
+    sha256: str
+
+    def check(self, path: Path) -> None:
+        """Raises CheckpointError unless `path` is this file."""
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} is missing; {MANIFEST} lists it, {self.num_bytes:,} bytes"
+            )
+        found = path.stat().st_size
+        if found != self.num_bytes:
+            raise CheckpointError(
+                f"{path} has {found:,} bytes, and {self.num_bytes:,} were exported"
+            )
+        digest = _sha256(path)
+        if digest != self.sha256:
+            raise CheckpointError(
+                f"{path} is damaged: its sha256 is {digest}, and {self.sha256} was exported"
+            )
+
+
+def files_of(folder: Path, paths: Iterable[Path]) -> dict[str, File]:
+    """What a manifest says of files in its folder, by name."""
+    return {
+        path.relative_to(folder).as_posix(): File(
+            num_bytes=path.stat().st_size, sha256=_sha256(path)
+        )
+        for path in paths
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
     """One artefact of a folder.
 
     Args:
-        files: size in bytes by name; the first is the one to open.
+        files: by name; the first is the one to open.
         inputs: in order.
         outputs: in order.
         parity: by output: "relative_error", max |difference| / max |value| against the library's
             own model in float32, and "cosine".
         tolerance: the relative error that was allowed.
+        sources: of an engine: the ONNX file that it was built of first, and its weights, by name.
+            They may be removed; an engine cannot be built anew without them.
     """
 
-    files: dict[str, int]
+    files: dict[str, File]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     parity: dict[str, dict[str, float]]
     tolerance: float
+    sources: dict[str, File] = dataclasses.field(default_factory=dict)
 
     def check_inputs(self, feed: Mapping[str, NDArray[Any]]) -> None:
         """Raises InputError, naming what would be right, unless `feed` is what was exported."""
@@ -117,13 +166,8 @@ class Manifest:
             there = ", ".join(sorted(self.artefacts))
             raise InputError(f"{folder} has no {what}, it has {there}; export with --what {what}")
         entry = self.artefacts[what]
-        for name, size in entry.files.items():
-            path = folder / name
-            if not path.exists():
-                raise CheckpointError(f"{path} is missing; {MANIFEST} lists it, {size:,} bytes")
-            if path.stat().st_size != size:
-                found = path.stat().st_size
-                raise CheckpointError(f"{path} has {found:,} bytes, and {size:,} were exported")
+        for name, file in entry.files.items():
+            file.check(folder / name)
         return entry
 
 
@@ -150,23 +194,30 @@ def read(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     found = record.get("format") if isinstance(record, dict) else None
     if found != FORMAT:
-        raise CheckpointError(f"{path} has the format {found!r}; {FORMAT!r} would be right")
-    fields = {field.name: record.get(field.name) for field in dataclasses.fields(Manifest)}
+        raise CheckpointError(
+            f"{path} has the format {found!r}; {FORMAT!r} would be right: export the model anew"
+        )
     try:
-        fields["artefacts"] = {
-            what: Entry(
-                **{
-                    **entry,
-                    "inputs": _ports(entry["inputs"]),
-                    "outputs": _ports(entry["outputs"]),
-                }
-            )
-            for what, entry in record["artefacts"].items()
-        }
+        fields = {field.name: record[field.name] for field in dataclasses.fields(Manifest)}
+        fields["artefacts"] = {what: _entry(one) for what, one in record["artefacts"].items()}
+        if fields["labels"] is not None:
+            fields["labels"] = tuple(fields["labels"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} lacks a field of an artefact: {error}") from error
-    labels = fields["labels"]
-    return Manifest(**{**fields, "labels": None if labels is None else tuple(labels)})
+        raise CheckpointError(f"{path} lacks a field, or it is of another kind: {error}") from error
+    return Manifest(**fields)
+
+
+def _entry(record: dict[str, Any]) -> Entry:
+    """The artefact of a record; raises KeyError, TypeError or AttributeError if it is not one."""
+    files, sources = (_files(record[name]) for name in ("files", "sources"))
+    if not files:
+        raise KeyError("files")
+    ports = {name: _ports(record[name]) for name in ("inputs", "outputs")}
+    return Entry(**{**record, **ports, "files": files, "sources": sources})
+
+
+def _files(records: dict[str, dict[str, Any]]) -> dict[str, File]:
+    return {name: File(**record) for name, record in records.items()}
 
 
 def _ports(values: list[dict[str, Any]]) -> tuple[Port, ...]:

@@ -84,7 +84,7 @@ class Numerics:
 class Network:
     """An encoder, and perhaps the classifier on it, as functions of (params, inputs).
 
-    Params are nested dictionaries of the arrays that `jvjepa.export.tensors` lists.
+    Params are nested dictionaries of the arrays that `jvjepa.export.artefact.weights_of` lists.
 
     Args:
         config: the encoder's.

@@ -26,7 +26,8 @@ class Options:
         what: "clip" turns a clip into tokens and their mean, "step" is one streaming step, "gate"
             the surprise of a tubelet, "classifier" the logits of a clip.
         batch: clips or streams at a time; None leaves it open where the format can.
-        frames: T of a clip; None means the model's own number.
+        frames: T of a clip; None means as many as the encoder was trained with, and of a
+            classifier as many as that was.
         height: pixels H, None means the model's `crop_size`.
         width: pixels W, None means the model's `crop_size`.
         window: tubelets W of a stream.

@@ -24,8 +24,9 @@ class Parity:
     """How far an output is from the library's.
 
     Args:
-        relative_error: max |difference| / max |value|, over all that was compared.
-        cosine: the lowest between what was compared at a time.
+        relative_error: max |difference| / max |value|, the highest of what was compared at a time;
+            max |difference| where every value is 0.
+        cosine: the lowest between what was compared at a time; 1 where both are 0.
     """
 
     relative_error: float = 0.0
@@ -34,8 +35,10 @@ class Parity:
     def add(self, found: NDArray[np.floating], right: NDArray[np.floating]) -> None:
         """Takes in one more output."""
         found, right = (np.asarray(x, np.float64).ravel() for x in (found, right))
-        error = np.abs(found - right).max() / np.abs(right).max()
-        cosine = found @ right / (np.linalg.norm(found) * np.linalg.norm(right))
+        error, scale = np.abs(found - right).max(), np.abs(right).max()
+        norms = np.linalg.norm(found) * np.linalg.norm(right)
+        cosine = float(error == 0) if norms == 0 else found @ right / norms
+        error = error if scale == 0 else error / scale
         # Unlike Python's, these keep a NaN.
         self.relative_error = float(np.maximum(self.relative_error, error))
         self.cosine = float(np.minimum(self.cosine, cosine))

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jvjepa.errors import ConfigError, InputError
-from jvjepa.export.manifest import BATCH, Arrays, read
+from jvjepa.errors import CheckpointError, ConfigError, InputError
+from jvjepa.export.manifest import BATCH, MANIFEST, Arrays, read
 from jvjepa.export.sessions import CPU, Session, open_session
 from jvjepa.gate import Gate
 from jvjepa.preprocessing import preprocess
@@ -75,8 +75,15 @@ class EdgeStream:
         self.gate, self.pool, self.crop_size = gate or Gate(), pool, manifest.crop_size
         entry = manifest.entry(folder, "step")
         ports = {port.name: port for port in (*entry.inputs, *entry.outputs)}
-        if ports["tubelet"].shape[0] not in (1, BATCH):
-            count = ports["tubelet"].shape[0]
+        about: dict[str, Any] = manifest.stream or {}
+        try:
+            self.window, self._cache_form = about["window"], about["cache"]
+            self._rings = {name: ports[name] for name in ("keys", "values")}
+            tubelet, embedding = ports["tubelet"], ports["embedding"]
+        except KeyError as error:
+            raise CheckpointError(f"{folder / MANIFEST} lacks {error} of its step") from error
+        if tubelet.shape[0] not in (1, BATCH):
+            count = tubelet.shape[0]
             raise InputError(f"{folder} steps {count} streams at a time; export with --batch 1")
         runtime = manifest.runtime
         self._step = open_session(folder, "step", entry, runtime, provider)
@@ -84,11 +91,8 @@ class EdgeStream:
         if "gate" in manifest.artefacts or self.gate.tau > 0:
             its = manifest.entry(folder, "gate")
             self._gate = open_session(folder, "gate", its, runtime, provider)
-        about: dict[str, Any] = manifest.stream or {}
-        self.window, self._cache_form = about["window"], about["cache"]
-        self._rings = {name: ports[name] for name in ("keys", "values")}
-        self._shape = ports["tubelet"].sized(1)[1:]
-        self.width = ports["embedding"].sized(1)[1]
+        self._shape = tubelet.sized(1)[1:]
+        self.width = embedding.sized(1)[1]
         self.tubelet_size = self._shape[0]
         self.reset()
 
@@ -115,7 +119,8 @@ class EdgeStream:
             embedding so far.
 
         Raises:
-            InputError: the frame is no picture, or of another size than the one it waits with.
+            InputError: the frame is no picture, or of another size than the one that waits, which
+                is dropped too: the next frame begins a tubelet.
         """
         if self.crop_size is None:
             height, width = self._shape[1:3]
@@ -123,14 +128,20 @@ class EdgeStream:
                 f"this step was exported for {height} x {width} pixels, to which frames are not "
                 "cut; preprocess them and call step_pixels"
             )
-        if self._waiting and frame.shape != self._waiting[0].shape:
+        waiting, self._waiting = self._waiting, []  # a frame that is refused takes them along
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             raise InputError(
-                f"a frame of {list(frame.shape)} follows one of {list(self._waiting[0].shape)}"
+                f"a frame is {frame.dtype} {list(frame.shape)}; right is uint8 [H, W, 3], RGB"
             )
-        self._waiting.append(np.array(frame))  # a camera may reuse its buffer
-        if len(self._waiting) < self.tubelet_size:
+        if waiting and frame.shape != waiting[0].shape:
+            raise InputError(
+                f"a frame of {list(frame.shape)} follows one of {list(waiting[0].shape)}"
+            )
+        waiting.append(np.array(frame))  # a camera may reuse its buffer
+        if len(waiting) < self.tubelet_size:
+            self._waiting = waiting
             return Frame(self._output, False, np.nan)
-        frames, self._waiting = np.stack(self._waiting), []
+        frames = np.stack(waiting)
         return self.step_pixels(preprocess(frames, Crop(self.crop_size)))
 
     def step_pixels(self, pixels: NDArray[np.float32]) -> Frame:

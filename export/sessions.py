@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from jvjepa.errors import InputError
+from jvjepa.errors import CheckpointError, InputError
 from jvjepa.export.manifest import Arrays, Entry
 
 CPU = "CPUExecutionProvider"
@@ -29,6 +29,7 @@ class OnnxSession:
     Raises:
         InputError: ONNX Runtime is not installed or has no such provider, or the provider does not
             start.
+        CheckpointError: ONNX Runtime cannot load the file.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class OnnxSession:
         """Loads the file."""
         try:
             import onnxruntime
+            from onnxruntime.capi import onnxruntime_pybind11_state as errors
         except ModuleNotFoundError as error:
             raise InputError("ONNX files need onnxruntime: pip install onnxruntime") from error
         there = onnxruntime.get_available_providers()
@@ -47,7 +49,16 @@ class OnnxSession:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        unloadable = (
+            *(errors.InvalidProtobuf, errors.InvalidGraph, errors.InvalidArgument),  # damaged
+            *(errors.NotImplemented, errors.Fail),  # newer than this ONNX Runtime
+        )
+        try:
+            session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        except unloadable as error:
+            raise CheckpointError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}"
+            ) from error
         if session.get_providers()[0] != provider:  # it goes on with the CPU by itself
             raise InputError(
                 f"provider = {provider!r} did not start, and ONNX Runtime would go on with "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jvjepa.errors import CheckpointError, InputError
-from jvjepa.export.manifest import BATCH, Arrays, Entry, read
+from jvjepa.export.manifest import BATCH, Arrays, Entry, files_of, read
 
 TIMING_CACHE = "timing.cache"
 _WORKSPACE_MB = 4096
@@ -175,11 +175,38 @@ class TensorRTSession:
         return {port.name: outputs[port.name].copy() for port in self._entry.outputs}
 
 
-def build_folder(folder: Path, *, workspace_mb: int, max_batch: int) -> list[Path]:
-    """Builds engines of all artefacts of an ONNX export, and makes them what its manifest names.
+def build_entry(
+    folder: Path, entry: Entry, *, workspace_mb: int = _WORKSPACE_MB, max_batch: int = _MAX_BATCH
+) -> Entry:
+    """Builds the engine of an artefact.
 
     Args:
         folder: the export.
+        entry: what the manifest says of the artefact: of ONNX files, or of an engine to build anew.
+        workspace_mb: see `build`.
+        max_batch: see `build`.
+
+    Returns:
+        What the manifest is to say: the files of the engine, and those that it was built of.
+
+    Raises:
+        InputError: see `build`.
+        CheckpointError: the ONNX files are not whole.
+    """
+    sources = entry.sources or entry.files
+    for name, file in sources.items():
+        file.check(folder / name)
+    how = {"workspace_mb": workspace_mb, "max_batch": max_batch}
+    path = build(folder / next(iter(sources)), entry, **how)
+    files = files_of(folder, (path, stamp_of(path)))
+    return dataclasses.replace(entry, files=files, sources=sources)
+
+
+def build_folder(folder: Path, *, workspace_mb: int, max_batch: int) -> list[Path]:
+    """Builds engines of all artefacts of an export, and makes them what its manifest names.
+
+    Args:
+        folder: an export for ONNX, or one whose engines are to be built anew.
         workspace_mb: see `build`.
         max_batch: see `build`.
 
@@ -187,22 +214,16 @@ def build_folder(folder: Path, *, workspace_mb: int, max_batch: int) -> list[Pat
         The engines.
 
     Raises:
-        InputError: the folder is no ONNX export, or an engine cannot be built.
-        CheckpointError: the folder is not whole.
+        InputError: the folder is no such export, or an engine cannot be built.
+        CheckpointError: the ONNX files are not whole.
     """
     manifest = read(folder)
-    if manifest.runtime != "onnx":
+    if manifest.runtime not in ("onnx", "tensorrt"):
         raise InputError(f"{folder} was exported for {manifest.runtime}; engines are built of onnx")
     how = {"workspace_mb": workspace_mb, "max_batch": max_batch}
-    engines, artefacts = [], {}
-    for what in manifest.artefacts:
-        entry = manifest.entry(folder, what)
-        path = build(folder / next(iter(entry.files)), entry, **how)
-        files = {file.name: file.stat().st_size for file in (path, stamp_of(path))}
-        artefacts[what] = dataclasses.replace(entry, files=files)
-        engines.append(path)
-    dataclasses.replace(manifest, runtime="tensorrt", artefacts=artefacts).write(folder)
-    return engines
+    built = {what: build_entry(folder, entry, **how) for what, entry in manifest.artefacts.items()}
+    dataclasses.replace(manifest, runtime="tensorrt", artefacts=built).write(folder)
+    return [folder / next(iter(entry.files)) for entry in built.values()]
 
 
 def trtexec(name: str, entry: Entry, *, max_batch: int = _MAX_BATCH) -> str:

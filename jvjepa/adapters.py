@@ -17,7 +17,7 @@ from jvjepa.errors import CheckpointError, ConfigError, InputError
 from jvjepa.lora import LoraConfig, factor_shapes, merge_lora, split, stacked_shapes, with_constants
 from jvjepa.packing import Quantization, pack_params
 from jvjepa.parameters import stack_layers, unstack_layers
-from jvjepa.records import CONFIG_FILE
+from jvjepa.records import CONFIG_FILE, LORA_FORMAT
 from jvjepa.storage import (
     check_apart,
     check_free,
@@ -26,7 +26,7 @@ from jvjepa.storage import (
     write_safetensors,
 )
 from jvjepa.typing import Array, Params
-from jvjepa.weights import check_names, load, save
+from jvjepa.weights import WEIGHTS_FILE, check_names, load, save
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from jvjepa import cli
 
 ADAPTERS_FILE = "adapters.safetensors"
-FORMAT = "jvjepa-lora-1"  # changes when names or layouts of the factors do
 _F32 = np.dtype(np.float32)
 
 
@@ -101,14 +100,16 @@ def save_adapters(folder: str | Path, adapters: Adapters, *, force: bool = False
     if set(adapters.base) != set(adapters.lora):
         raise InputError(f"base = {adapters.base}; it must have {', '.join(adapters.lora)}")
     record = {
-        "format": FORMAT,
+        "format": LORA_FORMAT,
         "lora": dataclasses.asdict(adapters.config),
         "base": dict(adapters.base),
     }
-    with new_folder(Path(folder), force=force) as work:
+    with new_folder(Path(folder), ADAPTERS_FILE, force=force) as work:
         (work / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         shapes = {name: factor.shape for name, factor in factors.items()}
-        write_safetensors(work / ADAPTERS_FILE, shapes, _F32, factors.items(), {"format": FORMAT})
+        write_safetensors(
+            work / ADAPTERS_FILE, shapes, _F32, factors.items(), {"format": LORA_FORMAT}
+        )
 
 
 def load_adapters(
@@ -167,11 +168,14 @@ def _read_record(path: Path) -> tuple[LoraConfig, dict[str, str]]:
         raise CheckpointError(f"{path} does not exist; {path.parent} holds no adapters") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not of format {FORMAT!r}")
+    if not isinstance(record, dict) or record.get("format") != LORA_FORMAT:
+        raise CheckpointError(f"{path} is not of format {LORA_FORMAT!r}")
     lora, base = record.get("lora"), record.get("base")
     if not isinstance(lora, dict) or not isinstance(base, dict):
         raise CheckpointError(f"{path}: lora = {lora!r}, base = {base!r}; both must be objects")
+    for part, digest in base.items():
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise CheckpointError(f"{path}: base.{part} = {digest!r}; it must be a sha256 in hex")
     values = {key: tuple(x) if isinstance(x, list) else x for key, x in lora.items()}
     try:
         return LoraConfig(**values), base
@@ -218,8 +222,8 @@ def merge_saved(folder: str | Path, params: Params) -> tuple[Params, dict[str, s
 
 def merge_command(options: "cli.LoraMerge", console: "Console") -> int:
     """`jvjepa lora merge`."""
-    check_free(options.out, force=options.force)
     check_apart(options.out, options.model, options.adapter)
+    check_free(options.out, WEIGHTS_FILE, force=options.force)
     save(options.out, load(options.model, lora=options.adapter), force=options.force)
     console.print(f"wrote {options.out}: {options.model} with {options.adapter} merged into it")
     return 0

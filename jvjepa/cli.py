@@ -81,7 +81,7 @@ class Convert:
     area_layers: str | None = None
     """START:END of the layers that have it, as 0:18; by default the first three quarters."""
     force: bool = False
-    """Replace OUT."""
+    """Replace OUT, if it is empty or a folder of the kind that is written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class ExportHf:
     out: _Positional[Path]
     """The folder to make."""
     force: bool = False
-    """Replace OUT."""
+    """Replace OUT, if it is empty or a folder of the kind that is written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class Embed(Reading):
     repeat_frame: bool = False
     """Take a picture as a still clip, for models that were trained on video alone."""
     force: bool = False
-    """Replace OUT."""
+    """Replace OUT, if it is empty or a folder of the kind that is written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,7 +317,7 @@ class LoraMerge:
     out: _Positional[Path]
     """The converted folder to make."""
     force: bool = False
-    """Replace OUT."""
+    """Replace OUT, if it is empty or a folder of the kind that is written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -331,7 +331,7 @@ class LoraExportPeft:
     out: _Positional[Path]
     """The folder to make."""
     force: bool = False
-    """Replace OUT."""
+    """Replace OUT, if it is empty or a folder of the kind that is written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -106,8 +106,8 @@ def print_source(source: Source | None, console: Console) -> None:
         console.print(f"{part} taken from {key!r}")
     for name, reason in source.dropped.items():
         console.print(f"left out {name}: {reason}")
-    if source.lora is not None:
-        console.print(f"adapters merged: {source.lora['name']}, sha256 {source.lora['sha256']}")
+    for one in source.lora:
+        console.print(f"adapters merged: {one['name']}, sha256 {one['sha256']}")
     for what, part in (("probe attached", source.probe), ("text encoder", source.text)):
         if part is not None:
             console.print(f"{what}:")

@@ -210,7 +210,7 @@ def save_quality(folder: str | Path, model: QualityModel, *, force: bool = False
     shapes = quality_shapes(model.config)
     dtype, tensors = stored_tensors(model.params, shapes)
     config = {"quality": model.config.to_json()}
-    with new_folder(Path(folder), force=force) as work:
+    with new_folder(Path(folder), WEIGHTS_FILE, force=force) as work:
         write_folder(work, QUALITY_FORMAT, config, model.source, dtype, shapes, tensors)
         model.tokenizer.save(work)
 

@@ -75,7 +75,7 @@ class Quantize:
     video: str | None = None
     """A video to compare on; by default random pixels."""
     force: bool = False
-    """Replace OUT."""
+    """Replace OUT, if it is empty or a folder of the kind that is written."""
 
 
 class Comparison(NamedTuple):
@@ -155,8 +155,8 @@ def quantize_command(options: Quantize, console: "Console") -> int:
 
 def _check(options: Quantize) -> None:
     """Raises what can be known before the long work."""
-    check_free(options.out, force=options.force)
     check_apart(options.out, options.model, options.video, *options.calibrate)
+    check_free(options.out, WEIGHTS_FILE, force=options.force)
     if options.num_frames is not None and options.num_frames < 1:
         raise InputError(f"num-frames = {options.num_frames}; it must be 1 or more")
     folder = options.out.absolute().parent

@@ -13,10 +13,15 @@ _Config = TypeVar("_Config")
 CONFIG_FILE = "config.json"
 FORMAT = "jvjepa-2"  # changes when names or layouts of the parameters do
 TEXT_FORMAT, QUALITY_FORMAT = "jvjepa-text-1", "jvjepa-quality-1"
+LORA_FORMAT = "jvjepa-lora-1"  # changes when names or layouts of the factors do
+PROBE_FORMAT, FEATURES_FORMAT = "jvjepa-probe-1", "jvjepa-features-1"
 _FORMATS = {
     FORMAT: "a converted checkpoint, which jvjepa.load loads",
     TEXT_FORMAT: "a text encoder, which jvjepa.text_weights.load_text loads",
     QUALITY_FORMAT: "a video-quality model, which jvjepa.quality.load_quality loads",
+    LORA_FORMAT: "LoRA adapters, which --lora and jvjepa.load(lora=..) take beside a model",
+    PROBE_FORMAT: "the head of a probe, which jvjepa.train.probe_files.load_probe loads",
+    FEATURES_FORMAT: "features, which jvjepa.train.feature_cache.open_features opens",
 }
 
 
@@ -35,7 +40,8 @@ class Source:
         keys: of a `.pt` file: under which key each part was found.
         dropped: of a `.pt` file: tensors that were left out, each with the reason.
         probe: where the classifier or the anticipator came from, if it was attached later.
-        lora: of adapters that were merged into the weights: name and sha256 of their file.
+        lora: of adapters that were merged into the weights, one after the other: name and sha256
+            of their file.
         text: of a video-quality model: where its text encoder came from, if from elsewhere.
     """
 
@@ -48,14 +54,21 @@ class Source:
     keys: dict[str, str] = dataclasses.field(default_factory=dict)
     dropped: dict[str, str] = dataclasses.field(default_factory=dict)
     probe: "Source | None" = None
-    lora: dict[str, str] | None = None
+    lora: tuple[dict[str, str], ...] = ()
     text: "Source | None" = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Source":
         """Builds it from its JSON form."""
         inner = {name: values[name] for name in ("probe", "text") if values.get(name) is not None}
-        return cls(**{**values, **{name: cls.from_json(part) for name, part in inner.items()}})
+        lora = values.get("lora") or ()  # the first folders had one record or null
+        return cls(
+            **{
+                **values,
+                **{name: cls.from_json(part) for name, part in inner.items()},
+                "lora": (lora,) if isinstance(lora, dict) else tuple(lora),
+            }
+        )
 
 
 def read_architecture(

@@ -29,21 +29,49 @@ _DTYPE_NAMES = {
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger ones too
 
 
-def check_free(path: Path, *, force: bool) -> None:
+def check_free(path: Path, mark: str, *, force: bool) -> None:
     """Raises InputError where `new_folder` would, so that long work need not begin.
 
     Args:
         path: the folder to make.
+        mark: the name of a file that every folder of its kind has.
         force: whether it may exist.
 
     Raises:
-        InputError: `path` exists and `force` is False, or its parent is not a folder.
+        InputError: `path` exists, and `force` is False or it cannot be replaced; or its parent is
+            not a folder.
     """
     path = Path(os.path.abspath(path))
     if os.path.lexists(path) and not force:
         raise InputError(f"{path} exists; choose another name or pass --force to replace it")
+    check_replaceable(path, mark)
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is not a folder; make it first")
+
+
+def check_replaceable(path: Path, mark: str) -> None:
+    """Raises InputError where replacing a folder might remove something else.
+
+    Args:
+        path: the folder.
+        mark: as in `check_free`.
+
+    Raises:
+        InputError: `path` is a file, or a folder that has other files and not this one.
+    """
+    if not os.path.lexists(path):
+        return
+    what = "is a file"
+    if path.is_dir():
+        names = sorted(os.listdir(path))
+        if not names or mark in names:
+            return
+        shown = ", ".join(names[:5]) + (", .." if len(names) > 5 else "")
+        what = f"holds {shown}"
+    raise InputError(
+        f"{path} {what}; only an empty folder or one with {mark} is replaced; choose another "
+        "name, or remove it yourself"
+    )
 
 
 def check_apart(out: Path, *sources: str | Path | None) -> None:
@@ -75,7 +103,7 @@ def check_apart(out: Path, *sources: str | Path | None) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, mark: str, *, force: bool = False) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the block ends without an error.
 
     Whatever goes wrong, `path` is left as it was: absent, or the old folder. A SIGTERM that nobody
@@ -83,15 +111,16 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
 
     Args:
         path: the folder to make.
-        force: replace `path` where it exists.
+        mark: the name of a file that every folder of its kind has, and this one will have.
+        force: replace `path` where it is an empty folder or has such a file.
 
     Yields:
         The folder to write into, on the same file system.
 
     Raises:
-        InputError: `path` exists and `force` is False, or its parent is not a folder.
+        InputError: as `check_free`.
     """
-    check_free(path, force=force)
+    check_free(path, mark, force=force)
     path = Path(os.path.abspath(path))
     with _exit_on_sigterm():
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -99,7 +128,7 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         try:
             os.chmod(work, 0o755)  # mkdtemp's own mode hides the result from other users
             yield work
-            check_free(path, force=force)  # somebody may have made it meanwhile
+            check_free(path, mark, force=force)  # somebody may have made it meanwhile
             if os.path.lexists(path):
                 os.rename(path, old)
             os.rename(work, path)

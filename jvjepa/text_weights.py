@@ -136,6 +136,6 @@ def save_text(folder: str | Path, model: TextModel, *, force: bool = False) -> N
     shapes = text_shapes(model.config)
     dtype, tensors = stored_tensors({"text": model.params}, shapes)
     config = {"text": model.config.to_json()}
-    with new_folder(Path(folder), force=force) as work:
+    with new_folder(Path(folder), WEIGHTS_FILE, force=force) as work:
         write_folder(work, TEXT_FORMAT, config, model.source, dtype, shapes, tensors)
         model.tokenizer.save(work)

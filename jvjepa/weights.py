@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ from jvjepa.quantization import is_quantized
 from jvjepa.records import CONFIG_FILE, FORMAT, Source, read_architecture, read_json
 from jvjepa.storage import new_folder, open_safetensors, write_safetensors
 from jvjepa.typing import Params
+from jvjepa.version import __version__
 
 WEIGHTS_FILE = "model.safetensors"
 _STORED = {"F32": "float32", "BF16": "bfloat16"}  # safetensors' names
@@ -232,7 +234,7 @@ def save(folder: str | Path, model: Model, *, force: bool = False) -> None:
     config = {"model": model.config.to_json()}
     if quantization is not None:
         config["quantization"] = dataclasses.asdict(quantization)
-    with new_folder(Path(folder), force=force) as work:
+    with new_folder(Path(folder), WEIGHTS_FILE, force=force) as work:
         write_folder(work, FORMAT, config, model.source, dtype, shapes, tensors)
 
 
@@ -278,6 +280,13 @@ def read_record(folder: str | Path) -> tuple[ModelConfig, Source | None]:
         CheckpointError: the file is missing, damaged, or not one of ours.
     """
     return read_architecture(folder, FORMAT, "converted checkpoint", "model", ModelConfig.from_json)
+
+
+def made_here(folder: str | Path) -> Source:
+    """The source of what is made of a checkpoint that has none: its folder."""
+    with open(Path(folder) / WEIGHTS_FILE, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Source(name=str(folder), revision="", sha256=digest, converter=__version__)
 
 
 def read_quantization(folder: str | Path) -> Quantization | None:
@@ -382,7 +391,8 @@ def load(
         from jvjepa.adapters import merge_saved  # here, because it imports this module
 
         merged, record = merge_saved(lora, merged)
-        source = None if source is None else dataclasses.replace(source, lora=record)
+        source = source or made_here(folder)
+        source = dataclasses.replace(source, lora=(*source.lora, record))
 
     def make(module: type[nn.Module], part: Any) -> Any:
         return None if part is None else module(part, config.encoder, *dtypes, attention, scan)

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,18 @@ def edit(folder: Path, name: str, leaf: np.ndarray | None) -> None:
 QUERY_B = "encoder/blocks/attention/query/b"
 
 
+@pytest.mark.parametrize("digest", [None, "", "0" * 63, "G" * 64, 3])
+def test_a_base_is_a_digest(assets: Path, tmp_path: Path, digest: object) -> None:
+    """Nothing stands for any weights."""
+    folder = shutil.copytree(assets / "adapter", tmp_path / "adapter")
+    record = json.loads((folder / "config.json").read_text())
+    record["base"]["encoder"] = digest
+    (folder / "config.json").write_text(json.dumps(record))
+    message = f"config.json: base.encoder = {digest!r}; it must be a sha256 in hex"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_adapters(folder, jvjepa.load(assets / "model").params)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -305,11 +319,48 @@ def test_load_merges(assets: Path) -> None:
 def test_merged_models_say_so_and_are_no_base(assets: Path, tmp_path: Path) -> None:
     model = jvjepa.load(assets / "model", lora=assets / "adapter")
     digest = hashlib.sha256((assets / "adapter" / FILES[0]).read_bytes()).hexdigest()
-    assert model.source.lora == {"name": str(assets / "adapter"), "sha256": digest}
+    assert model.source.lora == ({"name": str(assets / "adapter"), "sha256": digest},)
     jvjepa.save(tmp_path / "merged", model)
     assert jvjepa.load(tmp_path / "merged").source == model.source
     with pytest.raises(CheckpointError, match="was trained on other weights"):
         jvjepa.load(tmp_path / "merged", lora=assets / "adapter")
+
+
+def test_everything_that_was_merged_is_recorded(
+    assets: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = jvjepa.load(assets / "model", lora=assets / "adapter")
+    jvjepa.save(tmp_path / "once", model)
+    save_adapters(tmp_path / "second", make_adapters(model.params, seed=1))
+    assert run("lora", "merge", tmp_path / "once", tmp_path / "second", tmp_path / "twice") == 0
+    lora = jvjepa.load(tmp_path / "twice").source.lora
+    assert [one["name"] for one in lora] == [str(assets / "adapter"), str(tmp_path / "second")]
+    assert lora[0] == model.source.lora[0]
+    assert run("info", tmp_path / "twice") == 0
+    shown = capfd.readouterr().out
+    for one in lora:
+        assert f"adapters merged: {one['name']}, sha256 {one['sha256']}\n" in shown
+
+
+@pytest.mark.parametrize("of_old", [None, {"name": "a", "sha256": "0"}])
+def test_old_records_of_adapters(
+    assets: Path, tmp_path: Path, of_old: dict[str, str] | None
+) -> None:
+    shutil.copytree(assets / "model", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    record = json.loads(path.read_text())
+    record["source"]["lora"] = of_old
+    path.write_text(json.dumps(record))
+    assert jvjepa.load(tmp_path / "model").source.lora == ((of_old,) if of_old else ())
+
+
+def test_adapters_of_a_model_that_was_not_converted(assets: Path, tmp_path: Path) -> None:
+    folder = commandline.save_tiny(tmp_path / "model")
+    assert jvjepa.load(folder).source is None
+    source = jvjepa.load(folder, lora=assets / "adapter").source
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert (source.name, source.sha256) == (str(folder), digest)
+    assert [one["name"] for one in source.lora] == [str(assets / "adapter")]
 
 
 # --- Commands ------------------------------------------------------------------------------------

@@ -113,11 +113,12 @@ def test_out_is_replaced_only_with_force(
         assert run("convert", assets / "hf", tmp_path / "ours") == 0
     out = tmp_path / "out"
     out.mkdir()
-    (out / "precious").touch()
+    for name in ("model.safetensors", "precious"):
+        (out / name).touch()
     before = listing(tmp_path)
     message = refused(capfd, command, source, out)
     assert message == f"{out} exists; choose another name or pass --force to replace it"
-    assert listing(out) == ["precious"]
+    assert listing(out) == ["model.safetensors", "precious"]
     assert run(command, source, out, "--force") == 0
     assert listing(out) == ["config.json", "model.safetensors"]
     assert listing(tmp_path) == before

@@ -348,10 +348,11 @@ def test_a_wrong_config_is_refused_with_its_file(source: Path, out: Path) -> Non
 
 def test_out_is_replaced_only_with_force(original: Path, out: Path) -> None:
     out.mkdir()
-    (out / "mine.txt").write_text("mine")
+    for name in ("mine.txt", "model.safetensors"):
+        (out / name).write_text("mine")
     with pytest.raises(InputError, match=r"out exists; .* --force"):
         convert("no/such/source", out)  # said before anything is looked up
-    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in out.iterdir()) == ["mine.txt", "model.safetensors"]
     convert(str(original), out, force=True)
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -360,6 +361,7 @@ def test_out_is_replaced_only_with_force(original: Path, out: Path) -> None:
 
 
 def test_out_may_not_be_the_source(source: Path) -> None:
+    (source.parent / "model.safetensors").touch()  # else it is no folder to be replaced anyway
     before = sorted(path.name for path in source.iterdir())
     for out in (source, source.parent, source / ".." / "hf"):
         with pytest.raises(InputError, match=r"(is|holds) the source"):
@@ -373,7 +375,7 @@ def test_an_interrupted_conversion_leaves_out_alone(
 ) -> None:
     if exists:
         out.mkdir()
-        (out / "mine.txt").write_text("mine")
+        (out / "model.safetensors").write_text("mine")
     real, calls = np.isfinite, []
 
     def interrupt(value: np.ndarray) -> np.ndarray:
@@ -389,7 +391,7 @@ def test_an_interrupted_conversion_leaves_out_alone(
         convert(str(original), out, force=True)
     assert len(calls) == 20
     if exists:
-        assert [path.name for path in out.iterdir()] == ["mine.txt"]
+        assert (out / "model.safetensors").read_text() == "mine"
         shutil.rmtree(out)
     assert nothing_there(out)
 

@@ -8,14 +8,20 @@ import numpy as np
 import official
 import pytest
 import torch
+from adapters import random_lora
 from commandline import run, save_assets
 from hfcheckpoints import save_checkpoint, tiny_config
 from safetensors.numpy import load_file, save_file
 
+import jvjepa
+from jvjepa.adapters import Adapters, base_sha256, save_adapters
 from jvjepa.convert import diagnose
 from jvjepa.convert.meta import meta_entries
 from jvjepa.convert.tables import expected_shapes
-from jvjepa.errors import InputError
+from jvjepa.convert.torchpickle import open_archive
+from jvjepa.errors import CheckpointError, InputError
+from jvjepa.export.manifest import Entry, Manifest, files_of
+from jvjepa.lora import LoraConfig
 from jvjepa.registry import RELEASES
 
 GOLDEN = official.GOLDEN
@@ -105,16 +111,95 @@ def test_missing_tensors_are_problems(assets: Path, tmp_path: Path, folder: str)
     first = next(iter(tensors))
     del tensors[first]
     save_file(tensors, path, {"format": "pt"})
-    (problem,) = diagnose(tmp_path / folder).problems
+    found = diagnose(tmp_path / folder)
+    (problem,) = found.problems
     assert f"missing {first}" in problem
+    assert found.commands == []
 
 
 def test_a_missing_tensor_of_one_encoder(tmp_path: Path) -> None:
     content = torch.load(GOLDEN / "vjepa2_tiny.pt", weights_only=True)
     del content["encoder"]["module.backbone.norm.bias"]
     torch.save(content, tmp_path / "x.pt")
-    (problem,) = diagnose(tmp_path / "x.pt").problems
+    found = diagnose(tmp_path / "x.pt")
+    (problem,) = found.problems
     assert "x.pt, encoder: 1 tensors do not fit: missing encoder.norm.bias [32]" in problem
+    (command,) = found.commands
+    assert "--key target_encoder" in command
+
+
+@pytest.mark.parametrize("name", ["vjepa2_tiny", "vjepa2_tiny_probe"])
+def test_a_damaged_record(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.pt"
+    content = bytearray((GOLDEN / f"{name}.pt").read_bytes())
+    last = max(open_archive(GOLDEN / f"{name}.pt").records.items(), key=lambda x: x[1].size)
+    content[last[1].offset + 2] ^= 1
+    path.write_bytes(content)
+    found = diagnose(path)
+    assert found.problems == [f"{path} is damaged: {last[0]} is not what its checksum says"]
+    assert found.commands == []
+    assert len(found.facts["x.pt"].rpartition(" ")[2]) == 64
+
+
+def test_a_damaged_record_of_qualivision(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"model_state_dict": {"head.net.0.weight": torch.ones(999)}}, path)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(np.float32(1).tobytes())] ^= 1
+    path.write_bytes(content)
+    found = diagnose(path)
+    assert "is damaged: data/0 is not what its checksum says" in found.problems[-1]
+    assert found.commands == []
+
+
+def test_adapters(assets: Path, tmp_path: Path) -> None:
+    params, config = jvjepa.load(assets / "model").params, LoraConfig(rank=2)
+    lora = random_lora(params, config)
+    folder = tmp_path / "adapters"
+    base = base_sha256(params, lora)
+    save_adapters(folder, Adapters(config=config, base=base, lora=lora))
+    found = diagnose(folder)
+    assert (found.kind, found.problems) == ("LoRA adapters", [])
+    assert found.facts["adapters"] == "rank 2, alpha 32, dropout 0"
+    assert base["encoder"] in found.facts["trained on, encoder"]
+    merge = f"jvjepa lora merge MODEL {folder} OUT"
+    assert found.commands == [f"jvjepa lora info {folder}", merge]
+    assert run(*found.commands[0].split()[1:]) == 0
+    with pytest.raises(CheckpointError, match=r"'jvjepa-2' but LoRA adapters, which --lora"):
+        jvjepa.load(folder)
+
+
+def test_an_export(assets: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "edge"
+    folder.mkdir()
+    (folder / "step.onnx").write_bytes(b"a graph")
+    files = files_of(folder, [folder / "step.onnx"])
+    entry = Entry(files=files, inputs=(), outputs=(), parity={}, tolerance=1e-4)
+    Manifest(
+        runtime="onnx",
+        artefacts={"step": entry, "gate": entry},
+        model={},
+        crop_size=64,
+        stream={"window": 2},
+        labels=None,
+        precision="float32",
+        versions={},
+    ).write(folder)
+    found = diagnose(folder)
+    assert (found.kind, found.problems) == ("an export for onnx", [])
+    assert found.facts["holds"] == "step, gate"
+    assert found.commands == [f"jvjepa stream {folder} VIDEO --runtime onnx --out F.npz"]
+    (folder / "step.onnx").write_bytes(b"b graph")
+    found = diagnose(folder)
+    assert "step.onnx is damaged" in found.problems[0]
+    assert found.commands == []
+
+
+@pytest.mark.parametrize("folder", ["model", "hf"])
+def test_weights_without_their_folder(assets: Path, folder: str) -> None:
+    found = diagnose(assets / folder / "model.safetensors")
+    assert found.problems[0].endswith(f"the config.json of their folder, {assets / folder}")
+    assert found.commands == [f"jvjepa doctor {assets / folder}"]
 
 
 class Code:
@@ -162,6 +247,9 @@ def test_folders_of_other_kinds(tmp_path: Path) -> None:
     found = diagnose(tmp_path)
     assert found.kind == "a folder without a config.json"
     assert found.commands == [f"jvjepa doctor {tmp_path / 'vitl.pt'}"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    assert diagnose(tmp_path).commands[0] == f"jvjepa doctor {tmp_path / 'model'}"
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert "model_type = 'gpt2'" in diagnose(tmp_path).problems[0]
     (tmp_path / "config.json").write_text("{")

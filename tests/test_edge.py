@@ -15,7 +15,7 @@ from videofiles import decode_all
 
 import jvjepa
 from jvjepa import gating
-from jvjepa.errors import ConfigError, InputError
+from jvjepa.errors import CheckpointError, ConfigError, InputError
 from jvjepa.export import manifest
 from jvjepa.export.exporting import Source, export
 from jvjepa.export.options import Options
@@ -123,6 +123,32 @@ def test_a_buffer_that_a_camera_fills_again(assets: Path) -> None:
     np.testing.assert_array_equal(stream.step(buffer).embedding, right.embedding)
 
 
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (np.zeros((48, 64, 3), np.uint8), r"a frame of \[48, 64, 3\] follows one of \[64, 64, 3\]"),
+        (np.zeros((64, 64), np.uint8), r"uint8 \[64, 64\]; right is uint8 \[H, W, 3\], RGB"),
+        (np.zeros((64, 64, 4), np.uint8), r"uint8 \[64, 64, 4\]; right is"),
+        (np.zeros((64, 64, 3), np.float32), r"float32 \[64, 64, 3\]; right is"),
+    ],
+)
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_a_frame_that_is_refused_is_not_waited_with(
+    assets: Path, frame: np.ndarray, message: str, waiting: int
+) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    stream = EdgeStream(assets / "edge", gate=Gate(tau=0.0))
+    if waiting or "follows" in message:
+        stream.step(np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(InputError, match=message):
+        stream.step(frame)
+    found = [stream.step(frame) for frame in frames]
+    assert [one.is_new for one in found] == [False, True]
+    other = EdgeStream(assets / "edge", gate=Gate(tau=0.0))
+    right = [other.step(frame) for frame in frames]
+    np.testing.assert_array_equal(found[1].embedding, right[1].embedding)
+
+
 def test_a_later_tubelet_does_not_change_what_was_given(assets: Path) -> None:
     stream = EdgeStream(assets / "edge", gate=Gate(tau=0.0))
     first = stream.step_pixels(_scene()[0]).embedding
@@ -182,6 +208,19 @@ def test_bad_input(assets: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     other.write(tmp_path)
     with pytest.raises(InputError, match="steps 4 streams at a time; export with --batch 1"):
+        EdgeStream(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stream", "missing"), [(None, "window"), ({"window": WINDOW, "positions": "window"}, "cache")]
+)
+def test_a_manifest_that_does_not_say_how_to_stream(
+    assets: Path, tmp_path: Path, stream: dict | None, missing: str
+) -> None:
+    for name in ("step.onnx", "gate.onnx"):
+        (tmp_path / name).write_bytes((assets / "edge" / name).read_bytes())
+    dataclasses.replace(manifest.read(assets / "edge"), stream=stream).write(tmp_path)
+    with pytest.raises(CheckpointError, match=f"manifest.json lacks '{missing}' of its step"):
         EdgeStream(tmp_path)
 
 

@@ -108,4 +108,6 @@ def test_quantized_models_and_what_formats_take() -> None:
         with pytest.raises(InputError, match=message):
             exporting._check_scheme(scheme, options)
     exporting._check_scheme(None, Options(precision="float16"))
+    for scheme, form in (("int8", "litert"), ("nf4", "onnx")):  # no kernel of int8 in the graph
+        exporting._check_scheme(scheme, Options(format=form, precision="float16"))
     assert jvjepa.__version__

@@ -10,8 +10,9 @@ from models import random_video, relative_error
 import jvjepa
 from jvjepa import rope
 from jvjepa.errors import ConfigError, InputError
-from jvjepa.export.artefact import weights_of
+from jvjepa.export.artefact import artefact, weights_of
 from jvjepa.export.network import Network, Numerics
+from jvjepa.export.options import Options
 from jvjepa.export.parity import Parity, check
 
 MODELS = {
@@ -70,6 +71,16 @@ def test_a_classifier_of_several_layers() -> None:
     model = tiny(layers=(0, 2), **NEW)
     one, options = planned("classifier", model, tolerance=1e-5)
     check(one, model, in_jax(one, model), options)
+
+
+def test_a_classifier_takes_the_frames_that_it_was_trained_with() -> None:
+    config = tiny().config
+    classifier = dataclasses.replace(config.classifier, frames_per_clip=6)
+    config = dataclasses.replace(config, classifier=classifier)
+    kinds = ("clip", "classifier", "step", "gate")
+    frames = {what: artefact(what, config, Options()).inputs[0].shape[1] for what in kinds}
+    assert frames == {"clip": 4, "classifier": 6, "step": 2, "gate": 2}
+    assert artefact("classifier", config, Options(frames=8)).inputs[0].shape[1] == 8
 
 
 def test_half_precision_keeps_norms_and_softmax() -> None:
@@ -219,3 +230,15 @@ def test_the_network_knows_every_weight() -> None:
 
 def test_network_is_hashable() -> None:
     assert hash(Network(config=tiny().config.encoder, numerics=Numerics()))
+
+
+def test_outputs_that_are_zero() -> None:
+    nothing, little = np.zeros(3), np.array([0.0, 1e-3, 0.0])
+    parity = Parity()
+    parity.add(nothing, nothing)
+    assert parity == Parity(relative_error=0.0, cosine=1.0)
+    parity.add(little, nothing)  # there is no value to be relative to
+    assert parity == Parity(relative_error=1e-3, cosine=0.0)
+    parity.add(nothing * np.nan, nothing)
+    assert np.isnan(parity.relative_error)
+    assert np.isnan(parity.cosine)

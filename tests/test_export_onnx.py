@@ -1,9 +1,9 @@
 """Exports run in processes of their own: few of them, each with all there is to see."""
 
 import dataclasses
+import functools
 import json
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import jvjepa
 from jvjepa.adapters import Adapters, base_sha256, save_adapters
 from jvjepa.area import AreaOptions
 from jvjepa.errors import CheckpointError, InputError
-from jvjepa.export import exporting, manifest, onnx_file, operators
+from jvjepa.export import manifest, onnx_file, operators
 from jvjepa.export.exporting import Source, export
 from jvjepa.export.options import Options
 from jvjepa.export.sessions import OnnxSession, open_session
@@ -206,10 +206,7 @@ def test_weights_of_more_than_the_limit_lie_beside(
     assert listing(tmp_path) == ["small.onnx", "small.onnx.data"]
     onnx_file.check(path)
     io = [manifest.Port(name, (600,)) for name in ("x", "y")]
-    files = {name: (tmp_path / name).stat().st_size for name in listing(tmp_path)}
-    entry = manifest.Entry(
-        files=files, inputs=(io[0],), outputs=(io[1],), parity={}, tolerance=1e-4
-    )
+    entry = manifest.Entry(files={}, inputs=(io[0],), outputs=(io[1],), parity={}, tolerance=1e-4)
     found = OnnxSession(path, entry).run({"x": np.ones(600, np.float32)})
     np.testing.assert_array_equal(found["y"], np.arange(600) + 1.0)
 
@@ -281,20 +278,56 @@ def test_a_folder_that_is_not_whole(plain: Path, tmp_path: Path) -> None:
     (folder / "step.onnx").unlink()
     with pytest.raises(CheckpointError, match=r"step.onnx is missing; manifest.json lists it"):
         found.entry(folder, "step")
-    record = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**record, "format": "jvjepa-export-0"}))
-    with pytest.raises(CheckpointError, match="'jvjepa-export-1' would be right"):
-        manifest.read(folder)
-    del record["artefacts"]["clip"]["tolerance"]
-    (folder / "manifest.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match=r"lacks a field of an artefact: .*tolerance"):
-        manifest.read(folder)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):
         manifest.read(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="jvjepa export MODEL OUT"):
         manifest.read(folder)
+
+
+def test_bytes_that_have_changed(plain: Path, tmp_path: Path) -> None:
+    """A file of the right size whose weights are others would load."""
+    folder = _copy(plain, tmp_path / "copy")
+    data = (folder / "clip.onnx").read_bytes()
+    middle = len(data) // 2
+    (folder / "clip.onnx").write_bytes(data[:middle] + bytes(64) + data[middle + 64 :])
+    with pytest.raises(CheckpointError, match=r"clip.onnx is damaged: its sha256 is .* exported"):
+        _run(folder, "clip", {})
+
+
+@pytest.mark.parametrize("data", [b"", b"no graph", bytes(1000)])
+def test_a_file_that_onnx_runtime_cannot_load(plain: Path, tmp_path: Path, data: bytes) -> None:
+    entry = manifest.read(plain).artefacts["clip"]
+    (tmp_path / "clip.onnx").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"ONNX Runtime \S+ cannot load .*clip.onnx: "):
+        open_session(tmp_path, "clip", entry, "onnx")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("format",), "jvjepa-export-1", "'jvjepa-export-2' would be right: export the model anew"),
+        (("runtime",), None, "lacks a field, .*: 'runtime'"),
+        (("artefacts",), [], "lacks a field, .* 'items'"),
+        (("artefacts", "clip", "files"), {}, "lacks a field, .*: 'files'"),
+        (("artefacts", "clip", "files", "clip.onnx"), 5, "lacks a field, or it is of another kind"),
+        (("artefacts", "clip", "tolerance"), None, "lacks a field, .*tolerance"),
+        (("artefacts", "clip", "inputs"), [{}], "lacks a field, .*: 'name'"),
+    ],
+)
+def test_a_manifest_that_is_not_whole(
+    plain: Path, tmp_path: Path, place: tuple[str, ...], value: object, message: str
+) -> None:
+    record = json.loads((plain / "manifest.json").read_text())
+    *way, name = place
+    part = functools.reduce(dict.__getitem__, way, record)
+    part[name] = value
+    if value is None:
+        del part[name]
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=f"manifest.json .*{message}"):
+        manifest.read(tmp_path)
 
 
 def test_what_was_not_exported(plain: Path) -> None:
@@ -351,7 +384,8 @@ def test_options_that_nothing_would_follow(
 def test_the_command(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("")
+    for name in ("old", "manifest.json"):
+        (out / name).write_text("")
     how = ("--what", "gate", "--batch", "open", "--force", "--format", "tensorrt")
     assert run("export", models / "plain", out, *how) == 0
     printed = capfd.readouterr().out
@@ -364,16 +398,3 @@ def test_the_command(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "--minShapes=tubelet:1x2x64x64x3,reference:1x16x48" in script
     assert os.access(out / "build_engines.sh", os.X_OK)
     assert manifest.read(out).runtime == "onnx"
-
-
-def test_a_process_that_is_killed(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exporting, "export_here", _die)
-    with pytest.raises(InputError, match="was killed; for lack of memory"):
-        export(Source(model=models / "plain"), tmp_path / "out", Options())
-    assert listing(tmp_path) == []
-
-
-def _die(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)

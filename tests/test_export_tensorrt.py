@@ -1,6 +1,7 @@
 """What can be tested of TensorRT without it: what is written for it, and what is refused."""
 
 import dataclasses
+import hashlib
 import sys
 import types
 from pathlib import Path
@@ -9,14 +10,19 @@ import pytest
 
 from jvjepa.errors import CheckpointError, InputError
 from jvjepa.export import tensorrt
-from jvjepa.export.manifest import Entry, Manifest, Port, read
+from jvjepa.export.manifest import Entry, File, Manifest, Port, read
 from jvjepa.export.tensorrt import Stamp, TensorRTSession, read_stamp, stamp_of, trtexec
+
+
+def _file(data: bytes) -> File:
+    return File(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
 
 HERE = Stamp(
     tensorrt="11.4.0", gpu="Orin", compute_capability="8.7", onnx_sha256="0" * 64, max_batch=0
 )
 FIXED = Entry(
-    files={"clip.onnx": 4},
+    files={"clip.onnx": _file(b"onnx")},
     inputs=(Port("video", (1, 16, 256, 256, 3)),),
     outputs=(Port("tokens", (1, 2048, 1024)),),
     parity={},
@@ -101,22 +107,53 @@ def test_folders_that_cannot_be_built(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "clip.onnx is missing" in capsys.readouterr().err
 
 
-def test_the_folder_names_its_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The building itself is TensorRT's and was not run."""
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The building itself is TensorRT's and was not run; what it gives is the last of a list."""
+    made = [b"engine"]
 
     def build(onnx: Path, entry: Entry, **how: int) -> Path:
+        assert onnx.read_bytes() == b"onnx"
         assert how == {"workspace_mb": 100, "max_batch": 2}
         path = onnx.with_suffix(".engine")
-        path.write_bytes(b"engine")
+        path.write_bytes(made[-1])
         stamp_of(path).write_text("{}")
         return path
 
     monkeypatch.setattr(tensorrt, "build", build)
-    how = ["--workspace-mb", "100", "--max-batch", "2"]
-    assert tensorrt.main([str(_folder(tmp_path)), *how]) == 0
+    return made
+
+
+HOW = ["--workspace-mb", "100", "--max-batch", "2"]
+
+
+def test_the_folder_names_its_engines(tmp_path: Path, engine: list[bytes]) -> None:
+    assert tensorrt.main([str(_folder(tmp_path)), *HOW]) == 0
     found = read(tmp_path)
     assert found.runtime == "tensorrt"
-    assert found.entry(tmp_path, "clip").files == {"clip.engine": 6, "clip.engine.json": 2}
+    entry = found.entry(tmp_path, "clip")
+    assert entry.files == {"clip.engine": _file(b"engine"), "clip.engine.json": _file(b"{}")}
+    assert entry.sources == FIXED.files
+
+
+def test_an_engine_is_built_anew(
+    tmp_path: Path, engine: list[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an upgrade of TensorRT, say; the old engine may be gone."""
+    command = [str(_folder(tmp_path)), *HOW]
+    assert tensorrt.main(command) == 0
+    engine.append(b"newer engine")
+    (tmp_path / "clip.engine").unlink()
+    assert tensorrt.main(command) == 0
+    files = read(tmp_path).entry(tmp_path, "clip").files
+    assert files["clip.engine"] == _file(b"newer engine")
+    (tmp_path / "clip.onnx").write_bytes(b"xnno")
+    assert tensorrt.main(command) == 2
+    assert "clip.onnx is damaged" in capsys.readouterr().err
+    (tmp_path / "clip.onnx").unlink()
+    read(tmp_path).entry(tmp_path, "clip")  # which runs without it
+    assert tensorrt.main(command) == 2
+    assert "clip.onnx is missing; manifest.json lists it" in capsys.readouterr().err
 
 
 def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:

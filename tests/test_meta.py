@@ -24,7 +24,7 @@ from jvjepa.convert.architecture import infer
 from jvjepa.convert.meta import DROPPED, TABLE, meta_entries
 from jvjepa.convert.tables import expected_shapes
 from jvjepa.encoder import concatenate_levels
-from jvjepa.errors import CheckpointError, InputError
+from jvjepa.errors import CheckpointError, ConfigError, InputError
 from jvjepa.parameters import parameter_shapes
 from jvjepa.registry import RELEASES
 from jvjepa.weights import read_record
@@ -185,8 +185,15 @@ def test_verify_finds_another_encoder(made: Path, tmp_path: Path) -> None:
     assert "predictor" not in failed
 
 
-def test_verify_asks_for_the_probe(made: Path) -> None:
+def test_verify_asks_for_the_probe(made: Path, tmp_path: Path) -> None:
     source = str(GOLDEN / "vjepa2_tiny.pt")
+    trained = shutil.copytree(made / "probe", tmp_path / "trained")
+    record = json.loads((trained / "config.json").read_text())
+    record["source"]["probe"] |= {"name": "jvjepa.train.probe", "keys": {}}
+    (trained / "config.json").write_text(json.dumps(record))
+    for probe in (None, GOLDEN / "vjepa2_tiny_probe.pt"):
+        with pytest.raises(InputError, match=r"train\.probe, which has no PyTorch original"):
+            verify(trained, source, probe=probe)
     with pytest.raises(InputError, match=r"vjepa2_tiny_probe\.pt; give it with --probe"):
         verify(made / "probe", source)
     with pytest.raises(InputError, match="was made without a probe"):
@@ -224,6 +231,30 @@ def test_a_released_name_is_not_for_another_model() -> None:
     shapes = expected_shapes(meta_entries(RELEASES["vjepa2_vit_large"].config))
     with pytest.raises(CheckpointError, match=r"vith\.pt is called as a released file and is"):
         infer(Path("vith.pt"), shapes, Hints())
+
+
+@pytest.mark.parametrize("name", [name for name, release in RELEASES.items() if release.key])
+def test_hints_may_not_contradict_a_released_name(name: str) -> None:
+    release = RELEASES[name]
+    shapes = expected_shapes(meta_entries(release.config))
+    file = Path(release.source.rpartition("/")[2])
+    predictor = release.config.predictor or release.config.action_predictor
+    right = {"heads": release.config.encoder.num_heads, "crop_size": release.config.crop_size}
+    right["predictor_heads"] = predictor.num_heads
+    assert infer(file, shapes, Hints(**right)) == release.config
+    for hint, value in right.items():
+        option = f"--{hint.replace('_', '-')}"
+        message = f"{file} is called as a released file, for which {option} {value} is right and "
+        with pytest.raises(CheckpointError, match=f"{message}{2 * value} is not; give another"):
+            infer(file, shapes, Hints(**{hint: 2 * value}))
+
+
+@pytest.mark.parametrize("name", ["heads", "predictor_heads", "crop_size"])
+@pytest.mark.parametrize("value", [0, -2, 2.5, True])
+def test_hints_are_whole_numbers_above_0(name: str, value: float) -> None:
+    message = rf"Hints\.{name} = {value}; it must be a whole number above 0"
+    with pytest.raises(ConfigError, match=message):
+        Hints(**{name: value})
 
 
 def test_what_shapes_do_not_say_must_be_said() -> None:

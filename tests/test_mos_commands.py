@@ -156,6 +156,10 @@ def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
                                    "--videos", tmp_path)  # fmt: skip
     assert "model is the source" in fails("train", "mos", model, labels, folder, *SHORT)
     assert "holds the source" in fails("mos", "evaluate", model, labels, "--out", folder, "--force")
+    for made in ("model", "report"):
+        (tmp_path / f"with-{made}" / made / "mine").mkdir(parents=True)
+        error = fails("train", "mos", model, labels, tmp_path / f"with-{made}", *SHORT)
+        assert f"{made} holds mine; only an empty folder or one with" in error
     assert model.is_dir()
     assert not (tmp_path / "report").exists()
     assert not (out / "run").exists()

@@ -95,6 +95,42 @@ def test_force_leaves_the_source(
     assert contents(assets) == before
 
 
+@pytest.mark.parametrize(
+    ("command", "mark"),
+    [
+        ("convert model", "model.safetensors"),
+        ("convert file.pt --text nowhere", "model.safetensors"),
+        ("convert --probe p.pt --encoder model --labels names/labels.json", "model.safetensors"),
+        ("export model", "manifest.json"),
+        ("export-hf model", "model.safetensors"),
+        ("lora merge model adapter", "model.safetensors"),
+        ("lora export-peft model adapter", "adapter_model.safetensors"),
+        ("quantize model", "model.safetensors"),
+        ("mos evaluate model v.csv --out", "report.html"),
+    ],
+)
+def test_force_leaves_a_folder_of_another_kind(
+    assets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    command: str,
+    mark: str,
+) -> None:
+    monkeypatch.chdir(assets)
+    project = tmp_path / "proj"
+    (project / "src").mkdir(parents=True)
+    (project / "src" / "a.py").write_text("mine")
+    (project / "config.json").write_text("mine")
+    before = contents(tmp_path)
+    error = refused(capfd, *command.split(), project, "--force")
+    assert error == (
+        f"{project} holds config.json, src; only an empty folder or one with {mark} is replaced; "
+        "choose another name, or remove it yourself"
+    )
+    assert contents(tmp_path) == before
+
+
 def test_the_video_of_a_comparison_stays(
     assets: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,6 +112,17 @@ def test_the_model_is_not_replaced(folder: Path, capsys: pytest.CaptureFixture[s
     assert "model is the source" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("made", ["model", "head"])
+def test_a_folder_of_another_kind_is_not_replaced(
+    folder: Path, tmp_path: Path, made: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / made).mkdir()
+    (tmp_path / made / "mine").touch()
+    assert cli.main(arguments(folder, tmp_path)) == 2
+    assert "holds mine; only an empty folder or one with" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [made]  # before anything is encoded
+
+
 @pytest.mark.parametrize("option", ["--steps", "--seed", "--save-every"])
 def test_what_epochs_and_the_probes_seed_say_has_no_other_option(
     folder: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]

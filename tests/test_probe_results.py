@@ -122,6 +122,8 @@ def test_a_probed_model_is_saved_and_classifies(
     config = loaded.config.classifier
     assert (config.labels, config.layers, config.frames_per_clip) == (LABELS, (0, 1), 4)
     assert (config.num_layers, config.num_heads, config.layer_norm_eps) == (1, 3, 1e-5)
+    made = attach_probe(dataclasses.replace(model, source=None), result, LABELS).source
+    assert (made.sha256, made.probe) == (result.encoder, attached.source.probe)
     assert loaded.source.probe.sha256 == weights_sha256(attached.params["classifier"])
     path = read_manifest(videos).paths[3]
     one, other = (classify(some, path, clips=2, views=3) for some in (attached, loaded))

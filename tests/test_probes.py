@@ -14,6 +14,7 @@ import torch
 from anticipators import EPIC_NAMES, write_epic
 from commandline import refused, run
 
+import jvjepa
 from jvjepa.config import AnticipatorConfig, ClassifierConfig
 from jvjepa.convert import (
     ActionLabels,
@@ -22,6 +23,7 @@ from jvjepa.convert import (
     convert,
     read_epic_labels,
     read_labels,
+    verify,
 )
 from jvjepa.convert.architecture import infer_anticipator, infer_probe
 from jvjepa.convert.meta import meta_entries
@@ -71,6 +73,17 @@ def test_probes_that_do_not_fit(made: Path, tmp_path: Path) -> None:
     refuse(r"query_tokens has shape \[1, 1, 48\]", probe=tmp_path / "wide.pt")
     names = ActionLabels(actions=LABELS)
     refuse("is a classifier; its labels are names, not verbs and nouns", labels=names)
+
+
+def test_a_probe_on_an_encoder_that_was_not_converted(made: Path, tmp_path: Path) -> None:
+    model = jvjepa.load(made / "encoder")
+    jvjepa.save(tmp_path / "encoder", dataclasses.replace(model, source=None))
+    attach_probe(PROBE, tmp_path / "encoder", tmp_path / "out", labels=LABELS, heads=2)
+    _, source = read_record(tmp_path / "out")
+    assert source.name == str(tmp_path / "encoder")
+    assert source.probe == read_record(made / "probe")[1].probe
+    checks = verify(tmp_path / "out", str(TINY), probe=PROBE)
+    assert {check.name for check in checks if check.ok} >= {"classifier, weights", "classifier"}
 
 
 def test_a_probe_that_sees_several_layers(made: Path, tmp_path: Path) -> None:
@@ -155,9 +168,21 @@ def test_labels(tmp_path: Path) -> None:
         ("object.json", '{"1": "b", "0": "a"}'),
         ("config.json", '{"id2label": {"0": "a", "1": "b"}, "hidden_size": 3}'),
         ("lines.txt", "a\nb\n"),
+        ("windows.txt", "\ufeffa\r\nb\r\n"),
+        ("empty-lines.txt", "a\nb\n\n \n"),
+        ("marked.json", '\ufeff["a", "b"]'),
     ):
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode())
         assert read_labels(tmp_path / name) == ("a", "b")
+    (tmp_path / "cranes.txt").write_text("crane\nbus\ncrane\n")
+    assert read_labels(tmp_path / "cranes.txt") == ("crane", "bus", "crane")
+    for content, message in (
+        (b"a\n\nb\n", r"bad\.txt:2: is empty; it must be the name of a class"),
+        ("a\nb\ncaf\xe9\n".encode("latin-1"), r"bad\.txt:3: is not a text in UTF-8 \("),
+    ):
+        (tmp_path / "bad.txt").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_labels(tmp_path / "bad.txt")
     for text, message in (
         ("{", "is not JSON"),
         ('["a", 1]', "must hold the names"),

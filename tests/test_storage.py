@@ -15,6 +15,7 @@ from jvjepa.errors import CheckpointError, InputError
 from jvjepa.storage import check_free, new_file, new_folder, open_safetensors, write_safetensors
 
 F32 = np.dtype(np.float32)
+MARK = "old.txt"
 
 
 def names(folder: Path) -> list[str]:
@@ -23,7 +24,7 @@ def names(folder: Path) -> list[str]:
 
 def make_folder(path: Path, text: str) -> Path:
     path.mkdir()
-    (path / "old.txt").write_text(text)
+    (path / MARK).write_text(text)
     return path
 
 
@@ -31,7 +32,7 @@ def make_folder(path: Path, text: str) -> Path:
 
 
 def test_new_folder_appears_at_the_end(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "out") as work:
+    with new_folder(tmp_path / "out", MARK) as work:
         (work / "a").write_text("1")
         assert not (tmp_path / "out").exists()
         assert work.parent == tmp_path
@@ -49,7 +50,7 @@ def test_new_folder_leaves_things_as_they_were(
         make_folder(tmp_path / "out", "old")
 
     def fail() -> None:
-        with new_folder(tmp_path / "out", force=True) as work:
+        with new_folder(tmp_path / "out", MARK, force=True) as work:
             (work / "a").write_text("1")
             raise error
 
@@ -72,7 +73,7 @@ def test_new_folder_puts_the_old_one_back_when_the_last_rename_fails(
         real(source, target)
 
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(KeyboardInterrupt), new_folder(out, force=True):
+    with pytest.raises(KeyboardInterrupt), new_folder(out, MARK, force=True):
         pass
     assert names(tmp_path) == ["out"]
     assert (out / "old.txt").read_text() == "old"
@@ -83,14 +84,14 @@ def test_new_folder_refuses_what_exists(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("out", "dangling"):
         with pytest.raises(InputError, match=f"{name} exists; .* --force"):
-            check_free(tmp_path / name, force=False)
+            check_free(tmp_path / name, MARK, force=False)
         with pytest.raises(InputError, match=f"{name} exists; .* --force"):
-            new_folder(tmp_path / name).__enter__()
+            new_folder(tmp_path / name, MARK).__enter__()
     assert names(tmp_path) == ["dangling", "out"]
 
 
 def test_new_folder_refuses_what_appears_meanwhile(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="exists"), new_folder(tmp_path / "out"):
+    with pytest.raises(InputError, match="exists"), new_folder(tmp_path / "out", MARK):
         make_folder(tmp_path / "out", "other")
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "old.txt").read_text() == "other"
@@ -101,21 +102,60 @@ def test_new_folder_replaces_with_force(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(real)
     make_folder(tmp_path / "out", "old")
     for name in ("out", "link"):
-        with new_folder(tmp_path / name, force=True) as work:
+        with new_folder(tmp_path / name, MARK, force=True) as work:
             (work / "new.txt").write_text("new")
         assert names(tmp_path / name) == ["new.txt"]
     assert names(tmp_path) == ["link", "out", "real"]
     assert names(real) == ["old.txt"]  # the link is replaced, not what it points to
 
 
+@pytest.mark.parametrize("inside", ["src/a.py", "config.json", None])
+def test_new_folder_replaces_nothing_of_another_kind(tmp_path: Path, inside: str | None) -> None:
+    out = tmp_path / "out"
+    if inside is None:
+        out.write_text("a file")
+        message = "out is a file; only"
+    else:
+        (out / inside).parent.mkdir(parents=True)
+        (out / inside).write_text("mine")
+        message = f"out holds {inside.partition('/')[0]}; only an empty folder or one with old.txt"
+    (tmp_path / "link").symlink_to(out)
+    for path in (out, tmp_path / "link"):
+        message = message.replace("out", path.name, 1)
+        with pytest.raises(InputError, match=f"{message}.*; choose another name, or remove it"):
+            check_free(path, MARK, force=True)
+        with pytest.raises(InputError, match=message):
+            new_folder(path, MARK, force=True).__enter__()
+        message = message.replace(path.name, "out", 1)
+    assert names(tmp_path) == ["link", "out"]
+    assert (out if inside is None else out / inside).read_text() in ("a file", "mine")
+
+
+def test_new_folder_replaces_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out", MARK, force=True) as work:
+        (work / MARK).write_text("new")
+    assert names(tmp_path / "out") == [MARK]
+
+
+def test_new_folder_looks_again_at_what_appears_meanwhile(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match=r"holds old\.txt; only an empty folder or one with new"),
+        new_folder(tmp_path / "out", "new.txt", force=True),
+    ):
+        make_folder(tmp_path / "out", "other")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["old.txt"]
+
+
 def test_new_folder_wants_a_parent(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere is not a folder"):
-        new_folder(tmp_path / "nowhere" / "out").__enter__()
+        new_folder(tmp_path / "nowhere" / "out", MARK).__enter__()
 
 
 def test_new_folder_restores_the_signal_handler(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with new_folder(tmp_path / "out"):
+    with new_folder(tmp_path / "out", MARK):
         pass
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -126,7 +166,7 @@ def test_new_folder_restores_the_signal_handler(tmp_path: Path) -> None:
 def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
     script = (
         "import sys, time; from pathlib import Path; from jvjepa.storage import new_folder\n"
-        "with new_folder(Path(sys.argv[1])) as work:\n"
+        "with new_folder(Path(sys.argv[1]), 'a') as work:\n"
         "    (work / 'a').write_text('1'); print('ready', flush=True); time.sleep(60)\n"
     )
     out = tmp_path / "out"

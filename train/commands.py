@@ -27,7 +27,7 @@ from jvjepa.config import ModelConfig
 from jvjepa.errors import ConfigError, InputError
 from jvjepa.recording import save_json
 from jvjepa.records import CONFIG_FILE
-from jvjepa.storage import check_apart
+from jvjepa.storage import check_apart, check_replaceable
 from jvjepa.train.causal_lora import CausalLoraConfig, causal_lora_task, trained_adapters
 from jvjepa.train.data import ClipConfig
 from jvjepa.train.distill import DistillConfig, distill_task, student
@@ -59,7 +59,7 @@ from jvjepa.train.probe import (
 from jvjepa.train.probe_files import save_probe
 from jvjepa.train.running import Flat, Positional, Run
 from jvjepa.typing import Params
-from jvjepa.weights import Model, load, read_record, save
+from jvjepa.weights import WEIGHTS_FILE, Model, load, read_record, save
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,6 +200,7 @@ class Probe(_OfModel):
             raise InputError("--validation: the heads are compared on it; it must be given")
         for made in ("model", "head"):
             check_apart(self.out / made, self.model, self.lora)
+            check_replaceable(self.out / made, WEIGHTS_FILE)
         model = self.load(lora=self.lora)
         if self._of_whole_clips:  # before: with rope_grid = "config" the features depend on it
             model = with_crop_size(model, self.clip.crop_size)

@@ -212,7 +212,7 @@ def write_rated_videos(
     config = config or SyntheticConfig()
     folder = Path(folder)
     recipes: dict[str, Recipe] = {}
-    with new_folder(folder, force=force) as work:
+    with new_folder(folder, RECIPES_FILE, force=force) as work:
         for i in range(count):
             draw = np.random.default_rng((seed, i, 1))
             direction, name = i % len(DIRECTIONS), f"{i:05d}.mp4"

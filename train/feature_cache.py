@@ -32,6 +32,7 @@ from rich.progress import track
 from jvjepa.adapters import weights_sha256
 from jvjepa.config import EncoderConfig, ModelConfig
 from jvjepa.errors import ConfigError, InputError, TrainingError
+from jvjepa.records import CONFIG_FILE, FEATURES_FORMAT
 from jvjepa.storage import check_free, new_folder
 from jvjepa.train.data import Batch, evaluation_batches
 from jvjepa.train.frozen_features import (
@@ -43,11 +44,9 @@ from jvjepa.train.frozen_features import (
 from jvjepa.train.manifest import NO_LABEL, DataError, Manifest, count_labels, few
 from jvjepa.weights import Model
 
-CONFIG_FILE = "config.json"
 FEATURES_FILE = "features.npy"
 LABELS_FILE = "labels.npy"
 IDS_FILE = "ids.npy"
-FORMAT = "jvjepa-features-1"
 
 _NAMED = 5  # differences that an error names
 _PATIENCE = 30 * 24 * 3600  # seconds; should process 0 end, JAX ends the others at once
@@ -169,7 +168,7 @@ def make_features(
         DataError: too many files cannot be read, or features are not finite in the dtype.
     """
     folder = Path(folder)
-    check_free(folder, force=force)
+    check_free(folder, FEATURES_FILE, force=force)
     if batch_size < 1:
         raise InputError(f"batch_size = {batch_size}; it must be 1 or more")
     check_frames(model.encoder.config, config)
@@ -180,7 +179,7 @@ def make_features(
     shape = (len(config.views), *one.shape)
     made_of = _made_of(model, manifest, config)
     ids: list[NDArray[np.int32]] = []
-    with new_folder(folder, force=force) as work, ExitStack() as stack:
+    with new_folder(folder, FEATURES_FILE, force=force) as work, ExitStack() as stack:
         options = {"batch_size": rows * clip.clips, "workers": workers, "max_bad": max_bad}
         loaders = [
             stack.enter_context(evaluation_batches(manifest, view, **options))
@@ -211,7 +210,7 @@ def make_features(
         np.save(work / IDS_FILE, kept)
         np.save(work / LABELS_FILE, manifest.labels[kept])
         record = {
-            "format": FORMAT,
+            "format": FEATURES_FORMAT,
             "made_of": made_of,
             "source": manifest.source,
             "classes": manifest.classes,
@@ -241,8 +240,8 @@ def open_features(folder: str | Path) -> Features:
         raise DataError(f"{path} does not exist; {folder} holds no features") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise DataError(f"{path} is not of format {FORMAT!r}")
+    if not isinstance(record, dict) or record.get("format") != FEATURES_FORMAT:
+        raise DataError(f"{path} is not of format {FEATURES_FORMAT!r}")
     try:
         made_of, shape = record["made_of"], tuple(record["shape"])
         config = FeatureConfig.from_json(made_of["config"])

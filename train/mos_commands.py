@@ -19,7 +19,7 @@ from jvjepa.errors import InputError
 from jvjepa.options import DType
 from jvjepa.quality import HeadConfig, QualityModel, load_quality, new_quality, save_quality
 from jvjepa.quality_config import Feature
-from jvjepa.storage import check_apart, check_free
+from jvjepa.storage import check_apart, check_free, check_replaceable
 from jvjepa.text_weights import load_text
 from jvjepa.train.mos import MosConfig, mos_task, scorer, trained_quality
 from jvjepa.train.mos_data import Ratings, read_ratings, split
@@ -28,7 +28,7 @@ from jvjepa.train.mos_metrics import intervals, measure
 from jvjepa.train.mos_report import PAGE_FILE, markdown, require_plots, write_report
 from jvjepa.train.mos_scorer import Scorer
 from jvjepa.train.running import Flat, Positional, Run
-from jvjepa.weights import load
+from jvjepa.weights import WEIGHTS_FILE, load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,8 @@ class Mos(Run):
         if run.exists() and not self.resume:  # before features are computed
             raise InputError(f"{run} exists; resume it, or choose another folder")
         check_apart(self.out / "model", self.model, self.text)
+        check_replaceable(self.out / "model", WEIGHTS_FILE)
+        check_replaceable(self.out / "report", PAGE_FILE)
         sets = self._ratings()
         part = scorer(self._model(), self.config)
         store = Store(self.out / "features" if self.features is None else self.features)
@@ -144,12 +146,12 @@ class Evaluate:
     plots: bool = True
     """Draw scatter plots."""
     force: bool = False
-    """Replace OUT."""
+    """Replace OUT, if it is empty or a folder of the kind that is written."""
 
     def run(self, console: Console) -> int:
         """Scores, measures and reports."""
-        check_free(self.out, force=self.force)
         check_apart(self.out, self.model, self.ratings, self.videos, self.features)
+        check_free(self.out, PAGE_FILE, force=self.force)
         if self.plots:
             require_plots()
         ratings = read_ratings(self.ratings, self.videos)

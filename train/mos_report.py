@@ -72,7 +72,7 @@ def write_report(
     if plots:
         require_plots()
     pictures: dict[str, bytes] = {}
-    with new_folder(folder, force=force) as work:
+    with new_folder(folder, PAGE_FILE, force=force) as work:
         _write_predictions(work / PREDICTIONS_FILE, ratings, predictions)
         record = {
             "source": ratings.source,

@@ -304,18 +304,16 @@ def attach_probe(model: Model, result: ProbeResult, labels: tuple[str, ...]) -> 
     encoder = model.encoder
     params = jax.tree.map(lambda leaf: leaf.astype(encoder.param_dtype), result.params)
     params = params if encoder.scan else unstack_layers(params)
-    source = model.source
-    if source is not None:
-        named = {"name": "jvjepa.train.probe", "revision": "", "converter": __version__}
-        probe = Source(**named, sha256=weights_sha256(params))
-        source = dataclasses.replace(source, probe=probe)
+    named = {"revision": "", "converter": __version__}
+    probe = Source(name="jvjepa.train.probe", sha256=weights_sha256(params), **named)
+    source = model.source or Source(name="an encoder made here", sha256=result.encoder, **named)
     dtypes = (encoder.dtype, encoder.param_dtype)
     return dataclasses.replace(
         model,
         config=dataclasses.replace(model.config, classifier=config),
         classifier=Classifier(config, encoder.config, *dtypes, encoder.attention, encoder.scan),
         params={**model.params, "classifier": params},
-        source=source,
+        source=dataclasses.replace(source, probe=probe),
         quantization=model.quantization and model.quantization.without("classifier"),
     )
 

@@ -20,15 +20,13 @@ from jvjepa.adapters import weights_sha256
 from jvjepa.config import ModelConfig
 from jvjepa.errors import CheckpointError, InputError
 from jvjepa.fields import build
-from jvjepa.records import CONFIG_FILE, read_json
+from jvjepa.records import CONFIG_FILE, PROBE_FORMAT, read_json
 from jvjepa.storage import new_folder
 from jvjepa.train.frozen_features import FeatureConfig
 from jvjepa.train.probe import ProbeResult
 from jvjepa.train.probe_heads import Heads, ProbeConfig
 from jvjepa.typing import Params
 from jvjepa.weights import WEIGHTS_FILE, read_params, stored_tensors, write_folder
-
-FORMAT = "jvjepa-probe-1"
 
 _SCALARS = ("head", "learning_rate", "weight_decay", "accuracy", "encoder")
 
@@ -54,8 +52,8 @@ def save_probe(folder: str | Path, result: ProbeResult, *, force: bool = False) 
         "labels": result.labels,
         **{name: getattr(result, name) for name in _SCALARS},
     }
-    with new_folder(Path(folder), force=force) as work:
-        write_folder(work, FORMAT, record, None, dtypes, shapes, tensors)
+    with new_folder(Path(folder), WEIGHTS_FILE, force=force) as work:
+        write_folder(work, PROBE_FORMAT, record, None, dtypes, shapes, tensors)
 
 
 def load_probe(folder: str | Path, params: Params | None = None) -> ProbeResult:
@@ -73,7 +71,7 @@ def load_probe(folder: str | Path, params: Params | None = None) -> ProbeResult:
         CheckpointError: the folder is not whole, or the head is for other weights.
     """
     path = Path(folder) / CONFIG_FILE
-    record: dict[str, Any] = read_json(folder, FORMAT, "head of a probe")
+    record: dict[str, Any] = read_json(folder, PROBE_FORMAT, "head of a probe")
     try:
         heads = Heads(
             config=build(ProbeConfig, record["probe"]),

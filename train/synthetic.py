@@ -265,7 +265,7 @@ def write_videos(
     config = config or SyntheticConfig()
     folder = Path(folder)
     rows = []
-    with new_folder(folder, force=force) as work:
+    with new_folder(folder, MANIFEST_FILE, force=force) as work:
         for i in range(count):
             label, name = i % len(DIRECTIONS), f"{i:05d}.mp4"
             frames = render(label, (seed, i), config)
