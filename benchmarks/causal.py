@@ -25,7 +25,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -424,9 +424,9 @@ def make_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def percent(values: NDArray[np.float64]) -> str:
+def percent(values: Sequence[float] | NDArray[np.float64]) -> str:
     """Writes the mean of what seeds gave, with the smallest and largest."""
-    mean, least, most = (100 * x for x in (values.mean(), values.min(), values.max()))
+    mean, least, most = (100 * x for x in (np.mean(values), np.min(values), np.max(values)))
     return f"{mean:.1f} ({least:.1f} to {most:.1f})"
 
 
