@@ -75,7 +75,8 @@ def artefact(what: What, config: ModelConfig, options: Options) -> Artefact:
         encoder.crop_size if side is None else side for side in (options.height, options.width)
     ]
     batch = BATCH if options.batch is None else options.batch
-    frames = _frames(what, config) if options.frames is None else options.frames
+    trained = config.classifier_frames if what == "classifier" else encoder.frames_per_clip
+    frames = trained if options.frames is None else options.frames
     if what in ("step", "gate"):
         frames = encoder.tubelet_size
     some = 1 if options.batch is None else options.batch
@@ -121,14 +122,6 @@ def artefact(what: What, config: ModelConfig, options: Options) -> Artefact:
             function=Network.gate,
         )
     return _step(config, options, video, embedding, sequence)
-
-
-def _frames(what: What, config: ModelConfig) -> int:
-    """How many frames of a clip the weights were trained with."""
-    trained = config.encoder.frames_per_clip
-    if what == "classifier" and config.classifier is not None:
-        return config.classifier.frames_per_clip or trained
-    return trained
 
 
 def _step(

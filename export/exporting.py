@@ -20,7 +20,7 @@ from jvjepa.export.parity import Parity, check
 from jvjepa.export.sessions import CPU, Session, open_session
 from jvjepa.export.worker import call
 from jvjepa.quantization import Scheme
-from jvjepa.storage import check_apart, check_free, new_folder
+from jvjepa.storage import check_apart, new_folder
 from jvjepa.weights import Model, load
 
 _LIBRARIES = (
@@ -112,7 +112,6 @@ def export(
         OSError: a file cannot be written.
     """
     check_apart(out, source.model, source.lora)
-    check_free(out, MANIFEST, force=force)
     with new_folder(out, MANIFEST, force=force) as work:
         who = f"the process that exported {source.model}"
         return call(who, export_here, source, work, options)

@@ -105,6 +105,11 @@ class Entry:
     tolerance: float
     sources: dict[str, File] = dataclasses.field(default_factory=dict)
 
+    @property
+    def onnx(self) -> dict[str, File]:
+        """The ONNX file first, and its weights: of which an engine is built, or was."""
+        return self.sources or self.files
+
     def check_inputs(self, feed: Mapping[str, NDArray[Any]]) -> None:
         """Raises InputError, naming what would be right, unless `feed` is what was exported."""
         ports = {port.name: port for port in self.inputs}

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jvjepa import gating, streaming
+from jvjepa.convert.comparison import relative_error
 from jvjepa.errors import InputError
 from jvjepa.export.artefact import Artefact
 from jvjepa.export.manifest import BATCH, Arrays
@@ -35,10 +36,9 @@ class Parity:
     def add(self, found: NDArray[np.floating], right: NDArray[np.floating]) -> None:
         """Takes in one more output."""
         found, right = (np.asarray(x, np.float64).ravel() for x in (found, right))
-        error, scale = np.abs(found - right).max(), np.abs(right).max()
+        error = relative_error(found, right)
         norms = np.linalg.norm(found) * np.linalg.norm(right)
         cosine = float(error == 0) if norms == 0 else found @ right / norms
-        error = error if scale == 0 else error / scale
         # Unlike Python's, these keep a NaN.
         self.relative_error = float(np.maximum(self.relative_error, error))
         self.cosine = float(np.minimum(self.cosine, cosine))

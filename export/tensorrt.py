@@ -10,7 +10,6 @@ alone, so it runs on the box itself.
 import argparse
 import ctypes
 import dataclasses
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -99,7 +98,7 @@ def build(
 
     Args:
         onnx: the file.
-        entry: what the manifest says of it.
+        entry: what the manifest says of it; the stamp has its digest from there.
         workspace_mb: memory that the builder may take, in MiB.
         max_batch: the largest batch, where it is open; the profile is made best for 1.
 
@@ -135,11 +134,9 @@ def build(
         engine = EngineBytesFromNetwork(network, config, save_timing_cache=cache)()
     except PolygraphyException as error:
         raise InputError(f"TensorRT cannot build {onnx}: {error}") from error
-    with onnx.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     path = onnx.with_suffix(".engine")
     path.write_bytes(engine)
-    stamp = this_machine(digest, max_batch if open_ports else 0)
+    stamp = this_machine(entry.onnx[onnx.name].sha256, max_batch if open_ports else 0)
     stamp_of(path).write_text(json.dumps(dataclasses.asdict(stamp), indent=2) + "\n")
     return path
 
@@ -191,15 +188,11 @@ def build_entry(
 
     Raises:
         InputError: see `build`.
-        CheckpointError: the ONNX files are not whole.
     """
-    sources = entry.sources or entry.files
-    for name, file in sources.items():
-        file.check(folder / name)
     how = {"workspace_mb": workspace_mb, "max_batch": max_batch}
-    path = build(folder / next(iter(sources)), entry, **how)
+    path = build(folder / next(iter(entry.onnx)), entry, **how)
     files = files_of(folder, (path, stamp_of(path)))
-    return dataclasses.replace(entry, files=files, sources=sources)
+    return dataclasses.replace(entry, files=files, sources=entry.onnx)
 
 
 def build_folder(folder: Path, *, workspace_mb: int, max_batch: int) -> list[Path]:
@@ -220,6 +213,9 @@ def build_folder(folder: Path, *, workspace_mb: int, max_batch: int) -> list[Pat
     manifest = read(folder)
     if manifest.runtime not in ("onnx", "tensorrt"):
         raise InputError(f"{folder} was exported for {manifest.runtime}; engines are built of onnx")
+    for entry in manifest.artefacts.values():
+        for name, file in entry.onnx.items():
+            file.check(folder / name)
     how = {"workspace_mb": workspace_mb, "max_batch": max_batch}
     built = {what: build_entry(folder, entry, **how) for what, entry in manifest.artefacts.items()}
     dataclasses.replace(manifest, runtime="tensorrt", artefacts=built).write(folder)

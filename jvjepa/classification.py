@@ -116,7 +116,7 @@ def classify(
         VideoError: the video or picture is missing or damaged, or the video is live.
     """
     require_classifier(model.classifier, "the model")
-    encoder, trained = model.config.encoder, model.config.classifier.frames_per_clip
+    encoder = model.config.encoder
     still = is_still(
         model.config,
         source,
@@ -124,7 +124,7 @@ def classify(
         choosing="--clips, --num-frames and --frame-step",
         chosen=clips != 1 or num_frames is not None or frame_step is not None,
     )
-    num_frames = (trained or encoder.frames_per_clip) if num_frames is None else num_frames
+    num_frames = model.config.classifier_frames if num_frames is None else num_frames
     _check_counts(clips=clips, views=views, num_frames=num_frames)
     frame_step = max(2, 64 // num_frames) if frame_step is None else frame_step
     _check_counts(frame_step=frame_step)

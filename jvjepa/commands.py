@@ -278,10 +278,9 @@ def info(options: cli.Info, console: Console) -> int:
         )
     if config.classifier is not None:
         labels = config.classifier.labels
-        frames = config.classifier.frames_per_clip or encoder.frames_per_clip
         console.print(
             f"classifier: {len(labels)} classes, {labels[0]!r} to {labels[-1]!r}; "
-            f"{config.classifier.num_heads} heads, trained on {frames} frames"
+            f"{config.classifier.num_heads} heads, trained on {config.classifier_frames} frames"
         )
     if config.anticipator is not None:
         part = config.anticipator

@@ -421,6 +421,12 @@ class ModelConfig(Config):
         """Pixels of a side of the square input that the weights were trained on."""
         return self.encoder.crop_size
 
+    @property
+    def classifier_frames(self) -> int:
+        """Frames of the clips that a classifier was trained on: the encoder's, if it says none."""
+        frames = None if self.classifier is None else self.classifier.frames_per_clip
+        return frames or self.encoder.frames_per_clip
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Builds the configuration from what `to_json` returned.

@@ -105,15 +105,15 @@ def open_or_make(
         DataError: the cache is damaged, or was made of something else; the message says of what.
         TrainingError: another process has died.
     """
-    makes = jax.process_index() == 0 and not os.path.lexists(folder)
-    if makes:
+    wanted = None
+    if jax.process_index() == 0 and not os.path.lexists(folder):
         options = {"batch_size": batch_size, "workers": workers, "max_bad": max_bad}
         make_features(folder, model, manifest, config, **options, console=console)
-    # Hashing the weights takes time: not twice, and while process 0 encodes.
-    wanted = {} if makes else _flat(_made_of(model, manifest, config))
+    else:  # hashing the weights takes time: here, while process 0 encodes
+        wanted = _flat(_made_of(model, manifest, config))
     _wait_for_all("features")
     features = open_features(folder)
-    if makes:
+    if wanted is None:  # they were made of it just now
         return features
     found = _flat(features.made_of)
     keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
