@@ -322,5 +322,6 @@ def test_planning_finds_the_action_that_was_hidden() -> None:
     goal = rollout(predict, tokens[None], state[None], hidden).tokens[0]
     config = CEMConfig(rollout=1, samples=100, steps=8)
     found = plan(predict, config, jax.random.key(0), tokens, state, goal)
+    # 100 samples narrowed 8 times: near, and not equal
     np.testing.assert_allclose(found.actions, hidden[0], atol=5e-3)
     assert found.objective[-1] < found.objective[0] / 10

@@ -134,6 +134,7 @@ def test_jit_and_vmap_change_nothing() -> None:
 
 def test_gradients_are_those_of_the_functions() -> None:
     states = jnp.asarray(_states(3) * 0.5)
+    # against differences of float32 values, which are as coarse as that
     check_grads(poses.actions, (states,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
     moves = (states, states[::-1] * 0.3)
     check_grads(poses.apply_action, moves, order=1, modes=["rev"], atol=1e-2, rtol=1e-2)

@@ -71,6 +71,7 @@ def test_dropout_is_of_training_alone_and_keeps_the_mean() -> None:
     draws = np.asarray(drop(jax.random.split(jax.random.key(0), 2000)))
     hidden = jax.nn.gelu(params["fc2"]["bias"], approximate=False)
     variance = np.sum((hidden[:, None] * params["fc3"]["kernel"]) ** 2, axis=0) * 0.4 / 0.6
+    # the variance of 2,000 draws is itself about 3% off, more where few units are large
     np.testing.assert_allclose(draws.var(axis=0), variance, rtol=0.2)
     assert (abs(draws.mean(axis=0) - exact) < 5 * np.sqrt(variance / len(draws))).all()
     never = dataclasses.replace(head, dropout=0.0)
